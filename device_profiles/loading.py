@@ -59,13 +59,10 @@ def read_profile(path: Path) -> DeviceProfile:
         raise document.error(("default_target",), f"there is no target '{profile.default_target}'; {hint}")
     for target, differences in profile.targets.items():
         if target not in default_targets():
-            raise document.error(
-                ("targets", target), f"there is no such target; {nearest(target, default_targets())}"
-            )
+            hint = nearest(target, default_targets())
+            raise document.error(("targets", target), f"there is no target '{target}'; {hint}")
         if "target" in differences:
-            raise document.error(
-                ("targets", target, "target"), "the table's name says the target; remove this field."
-            )
+            raise document.error(("targets", target, "target"), "the table says it; remove this field.")
         complete = merged(default_rules(target), differences)
         _validated(TargetRules, complete, document, ("targets", target))
     _check_sources(list(profile.facts()), profile.sources, document)
@@ -80,7 +77,7 @@ def default_targets() -> tuple[str, ...]:
 
 @functools.cache
 def default_rules(target: str) -> Mapping[str, Any]:
-    """The generic rules of a target as plain data, checked; the file must give every rule and source every one."""
+    """The generic rules of a target as plain data: all of them, each with a source, checked."""
     document = _Document(_DEFAULTS / f"{target}.toml")
     rules, sources = {"target": target, **document.data["rules"]}, document.data["sources"]
     _validated(TargetRules, rules, document, ("rules",))
@@ -99,9 +96,7 @@ def _check_sources(facts: list[str], sources: Mapping[str, str], document: _Docu
             )
     for entry in sources:
         if not any(fact == entry or fact.startswith(f"{entry}.") for fact in facts):
-            raise document.error(
-                ("sources", entry), "a source for a fact that this file does not state; remove it."
-            )
+            raise document.error(("sources", entry), "this file states no such fact; remove its source.")
 
 
 def _validated(

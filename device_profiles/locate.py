@@ -17,7 +17,7 @@ class FieldLines:
             self._first.setdefault(path, line)
 
     def line(self, path: Sequence[str | int]) -> int:
-        """The line, counted from 1, of the field at `path`, else of the nearest table around it; 1 for the document."""
+        """The line, counted from 1, of the field at `path`, else of the nearest table around it, else 1."""
         for end in range(len(path), 0, -1):
             found = self._first.get(tuple(path[:end]))
             if found is not None:
@@ -59,7 +59,7 @@ def _statements(lines: list[str]) -> Iterator[tuple[Path, int]]:
 
 
 def _statement(lines: list[str], start: int) -> tuple[int, dict[str, Any]]:
-    """The end (exclusive) of the statement that starts at a line, and what it says: the shortest text that parses."""
+    """The end (exclusive) and the value of the statement at a line: the shortest text that parses."""
     for end in range(start + 1, len(lines) + 1):
         try:
             return end, tomllib.loads("\n".join(lines[start:end]))
@@ -85,7 +85,7 @@ def _deepest(header: dict[str, Any]) -> Iterator[str]:
 
 
 def _items(lines: list[str], path: tuple[str, ...], start: int) -> Iterator[tuple[int, int]]:
-    """The numbers and lines of the items of a list that spans lines: an item is complete where the list can close."""
+    """The numbers and lines of a list's items: one is complete on the first line where the list can close."""
     seen = 0
     for end in range(1, len(lines) + 1):
         text = "\n".join(lines[:end])

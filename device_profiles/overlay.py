@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 
 def merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
-    """`base` with the values of `over`: tables are merged key by key, everything else, lists too, is replaced."""
+    """`base` with the values of `over`: tables are merged key by key; all else, lists too, is replaced."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)

@@ -22,7 +22,7 @@ class Facts(BaseModel):
 
 
 class FixedOutput(Facts):
-    """The parameters that a runtime's kernel prescribes for its output: real = (code - zero_point) * scale."""
+    """What a runtime's kernel prescribes for its output: real = (code - zero_point) * scale."""
 
     scale: Positive
     zero_point: StrictInt
@@ -54,12 +54,15 @@ class Reasons(Facts):
 class TargetRules(Facts):
     """How a graph is prepared for one target on one device: all that planning and lowering ask about it.
 
-    `quantize_inputs` are the kinds whose inputs, activations and weights, carry Q/DQ; `quantize_outputs` those whose
-    output is quantized again, as the kernel wants it; `shared_scale` those that work on codes, so that output and
-    input have the same scale and zero point; `fixed_output` those whose output parameters the kernel prescribes.
-    `residual_add` says which inputs of an add that closes a residual block are quantized: both, only the skip
-    connection, or none. `weight_max` is the largest weight code: 127, or 63 where 16-bit sums would saturate.
-    `quantize_io` makes the artifact's own inputs and outputs int8. `float_format` is what is not quantized.
+    `quantize_inputs` are the kinds whose inputs, activations and weights, carry Q/DQ; `quantize_outputs`
+    those whose output is quantized again, as the kernel wants it; `shared_scale` those that work on codes,
+    so that output and input have the same scale and zero point; `fixed_output` those whose output
+    parameters the kernel prescribes. `residual_add` says which inputs of an add that closes a residual block
+    are quantized: both, only the skip connection, or none. `weight_max` is the largest weight code: 127, or
+    63 where 16-bit sums would saturate. `dynamic_ops` are the kinds that run in int8 with ranges taken at
+    run time, as `dynamic_scheme` says. `quantize_io` makes the artifact's own inputs and outputs int8;
+    `float_format` is the format of all that is not quantized. `unsupported` kinds leave the device's fast
+    path for good, `costly` ones run but break it up.
     """
 
     target: Text
@@ -87,7 +90,7 @@ class TargetRules(Facts):
 
 
 class Cpu(Facts):
-    """The processor. `dotprod`, `fp16` and `i8mm` are the Arm extensions that int8 and half precision live on."""
+    """The processor; `dotprod`, `fp16` and `i8mm` are the Arm extensions for fast int8 and half floats."""
 
     arch: Literal["aarch64", "armv7", "x86_64"]
     model: Text
@@ -101,13 +104,13 @@ class Cpu(Facts):
 
 
 class Accelerator(Facts):
-    """What computes beside the processor. `int8_tops` is dense int8 throughput in 10^12 operations per second."""
+    """What computes beside the processor. `int8_tops` is dense int8 in 10^12 operations per second."""
 
     kind: Literal["gpu", "npu", "tpu", "dla"]
     name: Text
-    int8: StrictBool
-    fp16: StrictBool
-    fp8: StrictBool
+    int8: StrictBool | None = None
+    fp16: StrictBool | None = None
+    fp8: StrictBool | None = None
     int8_tops: Positive | None = None
 
 
@@ -119,7 +122,7 @@ class Memory(Facts):
 
 
 class Peak(Facts):
-    """Arithmetic peak of the processor, all cores, in 10^9 operations per second (a multiply-add counts two)."""
+    """Arithmetic peak of all cores in 10^9 operations per second; a multiply-add counts as two."""
 
     fp32_gflops: Positive | None = None
     fp16_gflops: Positive | None = None
@@ -143,9 +146,9 @@ class Reach(Facts):
 class DeviceProfile(Facts):
     """One device: facts, each with its source, and where its rules differ from a target's generic ones.
 
-    `targets` holds those differences as written in the file; `rules` gives the complete rules of a target. `sources`
-    maps a dotted field or a prefix of fields to a public source, or to "unverified" and the reason; what is not known
-    is left out and reads None.
+    `targets` holds those differences as written in the file; `rules` gives the complete rules of a target.
+    `sources` maps a dotted field or a prefix of fields to a public source, or to "unverified" and the reason;
+    what is not known is left out and reads None.
     """
 
     version: Literal[1]
@@ -164,7 +167,7 @@ class DeviceProfile(Facts):
     sources: dict[str, Text] = {}
 
     def rules(self, target: str) -> TargetRules:
-        """The generic rules of `target`, overlaid with this device's own; raises ProfileError for an unknown target."""
+        """The generic rules of `target` overlaid with this device's; ProfileError for an unknown target."""
         from .loading import default_rules, default_targets
 
         if target not in default_targets():
@@ -180,7 +183,7 @@ class DeviceProfile(Facts):
         yield from leaves(self.targets, "targets")
 
     def source(self, field: str) -> str | None:
-        """The source of a dotted field: its own entry, else that of the longest prefix; None where there is none."""
+        """The source of a dotted field: its own entry, else its longest prefix's, else None."""
         return source_of(field, self.sources)
 
 
