@@ -1,14 +1,12 @@
 """Reading and editing the captured graph: what a node computes, its constants, how to run it."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-
-from . import qdq
+from torch.fx import GraphModule, Node
 
 # What a node computes, in the words that plans, profiles and reports use; keyed by the ATen operator's name.
 KINDS: dict[str, str] = {
@@ -51,7 +49,8 @@ KINDS: dict[str, str] = {
     "instance_norm": "instance_norm",
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), "batch_norm"),
     **dict.fromkeys(
-        ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d"), "max_pool"
+        ("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d"),
+        "max_pool",
     ),
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), "avg_pool"
@@ -75,18 +74,23 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("scatter", "index_put", "scatter_add", "scatter_reduce", "slice_scatter"), "scatter"),
     **dict.fromkeys(("where", "masked_fill"), "where"),
     **dict.fromkeys(
-        ("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_not"), "compare"
+        ("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "bitwise_not"),
+        "compare",
     ),
     "topk": "topk",
     **dict.fromkeys(("sort", "argsort"), "sort"),
     "one_hot": "one_hot",
     "cumsum": "cumsum",
-    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "interpolate"), "upsample"),
+    **dict.fromkeys(
+        ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "interpolate"), "upsample"
+    ),
     "pixel_shuffle": "pixel_shuffle",
     **dict.fromkeys(("to", "_to_copy", "type_as"), "cast"),
     **dict.fromkeys(("lstm", "gru"), "lstm"),
     "einsum": "einsum",
-    **dict.fromkeys(("arange", "full", "ones", "zeros", "new_ones", "new_zeros", "full_like", "zeros_like"), "constant"),
+    **dict.fromkeys(
+        ("arange", "full", "ones", "zeros", "new_ones", "new_zeros", "full_like", "zeros_like"), "constant"
+    ),
     "dynamic_linear": "linear",
     "dynamic_conv2d": "conv",
 }
@@ -95,7 +99,20 @@ KINDS: dict[str, str] = {
 WEIGHTED = ("conv", "linear")
 # Kinds that only move values about: they cost no arithmetic and change no number.
 MOVEMENT = frozenset(
-    ("cat", "stack", "pad", "reshape", "transpose", "slice", "select", "split", "expand", "gather", "cast", "constant")
+    (
+        "cat",
+        "stack",
+        "pad",
+        "reshape",
+        "transpose",
+        "slice",
+        "select",
+        "split",
+        "expand",
+        "gather",
+        "cast",
+        "constant",
+    )
 )
 
 
@@ -201,40 +218,3 @@ def run(graph: GraphModule, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     with torch.no_grad():
         result = graph(*inputs)
     return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-class Simulation(Interpreter):
-    """Runs a quantized graph with the arithmetic of integer kernels.
-
-    A conv, linear or matmul whose operands are all dequantized codes is computed in float64: every product of codes
-    is then exact, as it is in an int32 accumulator, where float32 would already round. Everything else runs as
-    written, in float32.
-    """
-
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self._exact = {n for n in graph.graph.nodes if kind(n) in ("conv", "linear", "matmul") and _on_codes(n)}
-
-    def run_node(self, n: Node) -> Any:
-        if n not in self._exact:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        return n.target(*wide, **kwargs).float()  # type: ignore[operator]
-
-
-def _on_codes(node: Node) -> bool:
-    operands = [a for a in node.args[:2] if isinstance(a, Node)]
-    return len(operands) == 2 and all(a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands)
-
-
-def simulate(graph: GraphModule) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
-    """A callable that runs `graph` as integer kernels would; see `Simulation`."""
-    interpreter = Simulation(graph)
-
-    def call(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            result = interpreter.run(*inputs)
-        return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-    return call

@@ -1,0 +1,90 @@
+"""Dynamic int8: weights become codes now, activations at run time from each input's own range."""
+
+from torch.fx import GraphModule, Node
+
+from calibrate import qdq
+from calibrate.graph import add_constant, constant, is_weighted, kind, layer_name, weight_nodes
+from calibrate.plan import Entry
+from calibrate.steps import Context
+from calibrate.weights import quantize_weight, weight_codes, weight_scales
+
+
+class QuantizeDynamic:
+    """Linear (and, where the runtime has it, 2-D convolution) on codes; embeddings keep int8 tables.
+
+    No activation range is fixed, so no calibration can clip it: the choice for transformers on CPUs.
+    """
+
+    exact = False
+
+    def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
+        plan, ledger = context.plan, []
+        for node in list(graph.graph.nodes):
+            what = kind(node)
+            if what == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
+                reason = plan.keep_float.get(layer_name(node))
+                if reason is None:
+                    quantize_weight(graph, node, plan.weight_max, plan.per_channel)
+                action = "int8 table" if reason is None else "left float"
+                ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or ""))
+            elif what in ("conv", "linear", "conv_transpose", "matmul", "attention"):
+                reason = plan.keep_float.get(layer_name(node)) or _refusal(node, plan.dynamic_kinds)
+                if reason is None:
+                    _replace(graph, node, context)
+                action = "int8, dynamic" if reason is None else "left float"
+                ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or what))
+        return ledger
+
+    def ensures(self, graph: GraphModule) -> str | None:
+        return (
+            None if all(n.target is not qdq.QUANTIZE for n in graph.graph.nodes) else "static Q/DQ appeared"
+        )
+
+
+def _refusal(node: Node, kinds: frozenset[str]) -> str | None:
+    what = kind(node)
+    if what not in kinds:
+        return f"the runtime has no fast dynamic int8 {what}"
+    if not is_weighted(node):
+        return f"the weight of this {what} is computed, not constant"
+    if what == "conv" and "conv2d" not in str(node.target):
+        return "only 2-D convolutions run dynamically"
+    if what == "conv" and isinstance(_argument(node, 4, [0, 0]), str):
+        return "padding given as a word"
+    return None
+
+
+def _argument(node: Node, index: int, default: object) -> object:
+    return node.args[index] if len(node.args) > index else default
+
+
+def _replace(graph: GraphModule, node: Node, context: Context) -> None:
+    plan = context.plan
+    weight_node, _ = weight_nodes(node)
+    assert weight_node is not None
+    weight = constant(graph, weight_node)
+    scales = weight_scales(weight, plan.weight_max, plan.per_channel)
+    stem = f"{layer_name(node)}_weight"
+    codes = add_constant(graph, f"{stem}_codes", weight_codes(weight, scales, plan.weight_max), node)
+    scale_node = add_constant(graph, f"{stem}_scales", scales, node)
+    bias = _argument(node, 2, None)
+    head = (node.args[0], codes, scale_node, bias)
+    with graph.graph.inserting_before(node):
+        if kind(node) == "linear":
+            made = graph.graph.call_function(qdq.DYNAMIC_LINEAR, (*head, plan.dynamic_scheme))
+        else:
+            pairs = [_pair(_argument(node, i, d)) for i, d in ((3, 1), (4, 0), (5, 1))]
+            groups = _argument(node, 6, 1)
+            made = graph.graph.call_function(qdq.DYNAMIC_CONV2D, (*head, *pairs, groups, plan.dynamic_scheme))
+    made.meta.update(node.meta)
+    made.meta["layer"] = layer_name(node)
+    node.replace_all_uses_with(made)
+    graph.graph.erase_node(node)
+
+
+def _pair(value: object) -> list[int]:
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    return [int(n) for n in (numbers * 2 if len(numbers) == 1 else numbers)]
+
+
+STEP = QuantizeDynamic()

@@ -1,0 +1,167 @@
+"""Static int8: activations and weights become codes, with ranges fixed from calibration data (W8A8)."""
+
+from collections import defaultdict
+
+import torch
+from torch.fx import GraphModule, Node
+
+from calibrate import qdq
+from calibrate.graph import add_constant, constant, is_weighted, kind, layer_name, weight_nodes
+from calibrate.histogram import Histogram
+from calibrate.placement import Sites, place
+from calibrate.plan import Entry, Plan, QParams
+from calibrate.ranges import candidates, fill_histograms, race
+from calibrate.steps import Context
+from calibrate.weights import store_codes, weight_codes, weight_scales
+
+# A tensor whose largest value is this many times its typical one holds a sentinel (a mask's -3e38), not data.
+SENTINEL = 1e6
+
+
+class QuantizeStatic:
+    """Weights per output channel, symmetric; activations per tensor, each with the range that won its race.
+
+    Affine quantization as in Jacob et al. 2017, arXiv 1712.05877, section 2.
+    """
+
+    exact = False
+
+    def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
+        plan = context.plan
+        sites = place(graph, plan)
+        _learn(graph, sites, context)
+        chosen = {g: context.chosen[names] for g, names in _members(sites).items()}
+        nodes = {n.name: n for n in graph.graph.nodes}
+        codes = {
+            name: _insert(graph, nodes, name, sites, chosen[group]) for name, group in sites.group_of.items()
+        }
+        ledger = [
+            Entry("quantize_static", layer, "left float", reason) for layer, reason in sites.left.items()
+        ]
+        for name, layer in sites.layers.items():
+            node = nodes[name]
+            if is_weighted(node):
+                source = node.args[0]
+                q = codes.get(source.name) if isinstance(source, Node) else None
+                _weights(graph, node, plan, chosen, sites, q)
+            ledger.append(Entry("quantize_static", layer, "int8", _how(node, sites, chosen)))
+        return ledger
+
+    def ensures(self, graph: GraphModule) -> str | None:
+        for node in graph.graph.nodes:
+            if node.target is qdq.QUANTIZE and any(u.target is not qdq.DEQUANTIZE for u in node.users):
+                return f"{node.name} is read by something other than a dequantize"
+        return None
+
+
+def _members(sites: Sites) -> dict[int, frozenset[str]]:
+    groups: dict[int, set[str]] = defaultdict(set)
+    for name, group in sites.group_of.items():
+        groups[group].add(name)
+    return {g: frozenset(names) for g, names in groups.items()}
+
+
+def _learn(graph: GraphModule, sites: Sites, context: Context) -> None:
+    """Fill `context.chosen` for every group of this placement; looks at data only for what is not known yet."""
+    members = _members(sites)
+    missing = {n for n in sites.group_of if n not in context.histograms}
+    if missing:
+        wanted = Sites(group_of={n: sites.group_of[n] for n in missing})
+        found = fill_histograms(graph, wanted, context.batches(), lambda n: context.progress("ranges", n))
+        context.histograms.update(found)
+    open_groups = {g: names for g, names in members.items() if names not in context.chosen}
+    proposals: dict[int, list[QParams]] = {}
+    for group, names in open_groups.items():
+        merged = Histogram()
+        for name in sorted(names):
+            merged.merge(context.histograms[name])
+        proposals[group] = candidates(merged, context.plan)
+        if group in sites.fixed:
+            proposals[group] = [_fixed(sites.fixed[group], context.plan)]
+    if proposals:
+        part = Sites(
+            group_of={n: g for n, g in sites.group_of.items() if g in proposals},
+            readers=sites.readers,
+            layers=sites.layers,
+        )
+        won = race(graph, part, proposals, context.few_batches(), lambda n: context.progress("race", n))
+        context.chosen.update({open_groups[g]: q for g, q in won.items()})
+
+
+def _fixed(params: tuple[float, int], plan: Plan) -> QParams:
+    scale, zero = params
+    if plan.activation == "uint8":
+        return QParams(scale, zero + 128, 0, 255, "uint8", "fixed")
+    return QParams(scale, zero, -128, 127, "int8", "fixed")
+
+
+def unquantizable(histogram: Histogram) -> str | None:
+    """Why no scale can serve this tensor, or None: it is not finite, or holds sentinels far beyond its data."""
+    if not histogram.finite:
+        return "its input holds infinities or values beyond 1e30 (a mask?)"
+    reach = max(abs(histogram.low), abs(histogram.high))
+    below = histogram.counts.cumsum(0) / histogram.counts.sum().clamp(min=1)
+    values = histogram.centers.abs()
+    middle = (below > 0.25) & (below < 0.75)
+    typical = float(values[middle].max()) if middle.any() else reach
+    if reach > SENTINEL * max(typical, 1e-12) and reach > SENTINEL:
+        return f"its input reaches {reach:.2g} where typical values are {typical:.2g} (a mask?)"
+    return None
+
+
+def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites, q: QParams) -> QParams:
+    """Put Q/DQ after the tensor `name` for the readers that want codes."""
+    node, readers = nodes[name], sites.readers[name]
+    users = [u for u in node.users if readers is None or u.name in readers]
+    args = (q.scale, q.zero_point, q.qmin, q.qmax, torch.int8 if q.dtype == "int8" else torch.uint8)
+    with graph.graph.inserting_after(_last_placeholder(graph) if node.op == "placeholder" else node):
+        quantized = graph.graph.call_function(qdq.QUANTIZE, (node, *args))
+    with graph.graph.inserting_after(quantized):
+        restored = graph.graph.call_function(qdq.DEQUANTIZE, (quantized, *args))
+    quantized.meta["layer"] = restored.meta["layer"] = f"{layer_name(node)}.codes"
+    if "val" in node.meta:
+        restored.meta["val"] = node.meta["val"]
+    for user in users:
+        user.replace_input_with(node, restored)
+    return q
+
+
+def _last_placeholder(graph: GraphModule) -> Node:
+    return [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+
+
+def _weights(
+    graph: GraphModule, node: Node, plan: Plan, chosen: dict[int, QParams], sites: Sites, _: QParams | None
+) -> None:
+    """Turn the layer's weight into codes, and its bias into a multiple of the int32 step where the kernel wants it."""
+    weight_node, bias_node = weight_nodes(node)
+    assert weight_node is not None
+    weight = constant(graph, weight_node)
+    bias = constant(graph, bias_node) if bias_node is not None else None
+    source = node.args[0]
+    step = source.args[1] if isinstance(source, Node) and source.target is qdq.DEQUANTIZE else None
+    input_scale = float(step) if isinstance(step, float) else None
+    whole = plan.int32_bias and bias is not None and input_scale is not None
+    scales = weight_scales(
+        weight, plan.weight_max, plan.per_channel, bias if whole else None, input_scale if whole else None
+    )
+    made = store_codes(graph, node, weight_codes(weight, scales, plan.weight_max), scales, plan.weight_max)
+    node.args = (node.args[0], made, *node.args[2:])
+    if whole and bias is not None and input_scale is not None:
+        # The kernel's step is the float32 product of the two scales.
+        unit = (torch.tensor(input_scale, dtype=torch.float32) * scales).double()
+        rounded = (torch.round(bias.double() / unit) * unit).float()
+        fresh = add_constant(graph, f"{layer_name(node)}_rounded_bias", rounded, node)
+        node.args = (node.args[0], node.args[1], fresh, *node.args[3:])
+
+
+def _how(node: Node, sites: Sites, chosen: dict[int, QParams]) -> str:
+    source = node.args[0]
+    if isinstance(source, Node) and source.target is qdq.DEQUANTIZE:
+        original = source.args[0].args[0]  # type: ignore[union-attr]
+        q = chosen[sites.group_of[original.name]]  # type: ignore[union-attr]
+        return f"{kind(node)}, input range by {q.observer}, scale {q.scale:.6g}, zero_point {q.zero_point}"
+    return kind(node)
+
+
+STEP = QuantizeStatic()

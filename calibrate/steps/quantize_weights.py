@@ -1,0 +1,44 @@
+"""Weight-only int8: smaller files and less memory traffic, float arithmetic."""
+
+from torch.fx import GraphModule, Node
+
+from calibrate.graph import is_weighted, kind, layer_name
+from calibrate.plan import Entry
+from calibrate.steps import Context
+from calibrate.weights import quantize_weight
+
+# A weight below this many values saves less than its scales and the dequantize node cost.
+SMALLEST = 256
+
+
+class QuantizeWeights:
+    """Convolutions, linear layers and embedding tables as int8 codes, one scale per output channel or row."""
+
+    exact = False
+
+    def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
+        ledger = []
+        for node in list(graph.graph.nodes):
+            table = (
+                kind(node) == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
+            )
+            if not (is_weighted(node) or table):
+                continue
+            reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
+            if reason is None:
+                quantize_weight(graph, node, context.plan.weight_max, context.plan.per_channel)
+            action = "int8 weights" if reason is None else "left float"
+            ledger.append(Entry("quantize_weights", layer_name(node), action, reason or kind(node)))
+        return ledger
+
+    def ensures(self, graph: GraphModule) -> str | None:
+        return None
+
+
+def _too_small(node: Node) -> str | None:
+    source = node.args[0 if kind(node) == "embedding" else 1]
+    size = source.meta["val"].numel() if isinstance(source, Node) and "val" in source.meta else SMALLEST
+    return f"only {size} weights" if size < SMALLEST else None
+
+
+STEP = QuantizeWeights()
