@@ -1,0 +1,177 @@
+"""A .tflite file as objects: tensors, operators and constants, to be read or edited and written again."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import TargetError
+
+_IDENTIFIER = b"TFL3"
+# How many bytes a flatbuffer can address with its signed 32-bit offsets.
+_LIMIT = 2**31 - 1
+
+DTYPES = {
+    "FLOAT32": np.float32,
+    "FLOAT16": np.float16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "BOOL": np.bool_,
+}
+
+
+def schema() -> Any:
+    """The generated flatbuffer classes of the format; raises ImportError without ai-edge-litert."""
+    from ai_edge_litert import schema_py_generated
+
+    return schema_py_generated
+
+
+class TFLiteFile:
+    """The only subgraph of a .tflite model. Tensors and operators are named by position, as in the file."""
+
+    def __init__(self, content: bytes) -> None:
+        if content[4:8] != _IDENTIFIER:
+            raise TargetError("this is no TFLite model (the file identifier TFL3 is missing).")
+        self._schema = schema()
+        try:
+            self.model = self._schema.ModelT.InitFromPackedBuf(content, 0)
+        except Exception as error:  # struct.error, IndexError, ValueError: whatever a torn offset leads to
+            raise TargetError("the TFLite file is damaged; convert the model again.") from error
+        if len(self.model.subgraphs) != 1:
+            raise TargetError("the TFLite file has several subgraphs (control flow), which Tightfit does not handle.")
+        self.graph = self.model.subgraphs[0]
+        for op in self.graph.operators:  # flatbuffers hands out read-only arrays
+            op.inputs = [] if op.inputs is None else [int(i) for i in op.inputs]
+        self._operators = _names(self._schema.BuiltinOperator)
+        self._types = _names(self._schema.TensorType)
+
+    @classmethod
+    def read(cls, path: Path) -> "TFLiteFile":
+        """Read `path`; raises TargetError when it is no TFLite model."""
+        return cls(path.read_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; the same objects give the same bytes. Raises TargetError above 2 GiB."""
+        import flatbuffers
+
+        if sum(0 if b.data is None else len(b.data) for b in self.model.buffers) > _LIMIT:
+            raise TargetError("the model's weights exceed the 2 GiB that a TFLite file can hold; compress them more.")
+        builder = flatbuffers.Builder(1 << 16)
+        builder.Finish(self.model.Pack(builder), _IDENTIFIER)
+        return bytes(builder.Output())
+
+    def operator(self, op: Any) -> str:
+        """An operator's name: "CONV_2D", or the custom operator's own."""
+        code = self.model.operatorCodes[op.opcodeIndex]
+        name = self._operators[max(code.builtinCode, code.deprecatedBuiltinCode)]
+        return code.customCode.decode() if name == "CUSTOM" else name
+
+    def dtype(self, tensor: int) -> str:
+        """A tensor's type in the format's words: "INT8", "FLOAT32", ..."""
+        return self._types[self.graph.tensors[tensor].type]
+
+    def name(self, tensor: int) -> str:
+        """A tensor's name."""
+        return str(self.graph.tensors[tensor].name.decode())
+
+    def scales(self, tensor: int) -> NDArray[np.float32] | None:
+        """The scales of a quantized tensor [1 or channels], None for one that is not quantized."""
+        quantization = self.graph.tensors[tensor].quantization
+        if quantization is None or quantization.scale is None or len(quantization.scale) == 0:
+            return None
+        return np.asarray(quantization.scale, dtype=np.float32)
+
+    def constant(self, tensor: int) -> NDArray[Any] | None:
+        """The values of a constant tensor, in the file's layout; None for one that is computed."""
+        entry = self.graph.tensors[tensor]
+        data = self.model.buffers[entry.buffer].data
+        dtype = DTYPES.get(self._types[entry.type])
+        if data is None or dtype is None or len(data) == 0:
+            return None
+        return np.frombuffer(np.asarray(data, dtype=np.uint8).tobytes(), dtype=dtype).reshape(self.shape(tensor))
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """A tensor's shape."""
+        shape = self.graph.tensors[tensor].shape
+        return () if shape is None else tuple(int(d) for d in shape)
+
+    def inputs(self, op: Any) -> list[int]:
+        """The tensors an operator reads, without the optional ones left out."""
+        return [i for i in op.inputs if i >= 0]
+
+    def outputs(self, op: Any) -> list[int]:
+        """The tensors an operator writes."""
+        return [int(i) for i in op.outputs]
+
+    def add_tensor(self, name: str, dtype: str, shape: Sequence[int], values: NDArray[Any] | None = None) -> int:
+        """Append a tensor, constant where `values` are given; returns its position."""
+        tensor = self._schema.TensorT()
+        tensor.name, tensor.shape = name.encode(), list(shape)
+        tensor.type = getattr(self._schema.TensorType, dtype)
+        tensor.hasRank = True
+        tensor.buffer = 0  # by the format's convention buffer 0 is empty: "computed"
+        if values is not None:
+            assert values.size == math.prod(shape)
+            tensor.buffer = self.add_buffer(values)
+        self.graph.tensors.append(tensor)
+        return len(self.graph.tensors) - 1
+
+    def add_buffer(self, values: NDArray[Any]) -> int:
+        """Append a buffer with the bytes of `values`; returns its position."""
+        buffer = self._schema.BufferT()
+        buffer.data = np.frombuffer(np.ascontiguousarray(values).tobytes(), dtype=np.uint8)
+        self.model.buffers.append(buffer)
+        return len(self.model.buffers) - 1
+
+    def quantize_tensor(self, tensor: int, scales: NDArray[np.float32], zero: int = 0, axis: int = 0) -> None:
+        """Write the scales and the zero point that a tensor's integer codes are read with."""
+        parameters = self._schema.QuantizationParametersT()
+        parameters.scale = np.asarray(scales, dtype=np.float32)
+        parameters.zeroPoint = np.full(len(scales), zero, dtype=np.int64)
+        parameters.quantizedDimension = axis
+        self.graph.tensors[tensor].quantization = parameters
+
+    def make_operator(self, name: str, version: int, inputs: list[int], outputs: list[int]) -> Any:
+        """An operator without options, not yet in the graph."""
+        op = self._schema.OperatorT()
+        op.opcodeIndex = self.code(name, version)
+        op.inputs, op.outputs = inputs, outputs
+        op.debugMetadataIndex = -1
+        return op
+
+    def code(self, name: str, version: int) -> int:
+        """The position of the operator code `name` in `version`, added where it is new."""
+        wanted = getattr(self._schema.BuiltinOperator, name)
+        for index, code in enumerate(self.model.operatorCodes):
+            if code.builtinCode == wanted and code.version == version:
+                return index
+        code = self._schema.OperatorCodeT()
+        code.builtinCode, code.version = wanted, version
+        code.deprecatedBuiltinCode = min(wanted, 127)  # readers of the old format look here
+        self.model.operatorCodes.append(code)
+        return len(self.model.operatorCodes) - 1
+
+    def drop_unused_buffers(self) -> None:
+        """Empty the buffers that no tensor and no metadata entry refers to, so that replaced weights leave the file."""
+        used = {t.buffer for t in self.graph.tensors} | {m.buffer for m in self.model.metadata or []}
+        for index, buffer in enumerate(self.model.buffers):
+            if index not in used:
+                buffer.data = None
+
+    def drop_unused_tensors(self, candidates: set[int]) -> None:
+        """Detach the constants among `candidates` that nothing reads any more from their bytes."""
+        read = {i for op in self.graph.operators for i in self.inputs(op)} | {int(i) for i in self.graph.outputs}
+        for index in candidates - read:
+            self.graph.tensors[index].buffer = 0
+            self.graph.tensors[index].shape = []
+        self.drop_unused_buffers()
+
+
+def _names(enumeration: type) -> dict[int, str]:
+    return {value: name for name, value in vars(enumeration).items() if isinstance(value, int)}

@@ -1,0 +1,187 @@
+"""The job's graph in the form litert-torch takes, and what has to be done to the file afterwards.
+
+litert-torch lowers float graphs, and Q/DQ graphs whose weights are written float -> quantize_per_channel ->
+dequantize_per_channel. Everything else of the vocabulary (`calibrate/qdq.py`) is lowered as float with the weights it
+stands for, and a `PackedWeight` says how that weight is to be stored: the file is edited once it is written.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from calibrate import graph as graphs
+from calibrate import qdq
+
+from .errors import TargetError
+
+Form = Literal["dynamic", "int8", "float16"]
+_TO_FLOAT = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+_RANDOM = ("rand", "randn", "randint", "dropout", "bernoulli", "multinomial", "normal")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight that the file holds smaller than the float32 `values` which the converter was given.
+
+    `form`: "dynamic", int8 codes that an op multiplies with activations quantized at run time; "int8", int8 codes
+    dequantized before a float op; "float16". `codes` int8 and `scales` float32 [channels] are None for float16;
+    the channels are axis 0 of `values`.
+    """
+
+    layer: str
+    form: Form
+    values: NDArray[np.float32]
+    codes: NDArray[np.int8] | None = None
+    scales: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`graph` for litert-torch; `static` when it holds activation Q/DQ; `packed` to be done on the file."""
+
+    graph: GraphModule
+    static: bool
+    packed: tuple[PackedWeight, ...]
+
+
+def prepare(graph: GraphModule) -> Prepared:
+    """Rewrite a copy of `graph`; numbers stay what they were. Raises TargetError for what has no form in TFLite."""
+    work = graphs.clone(graph)
+    packed = [*_unpack_halves(work), *_lower_dynamic(work)]
+    _fold_constants(work)
+    _shift_unsigned(work)
+    packed += _rewrite_weights(work)
+    graphs.finish(work)
+    _label(work)
+    for module in work.modules():  # an exported graph refuses .eval(); litert-torch warns when `training` is set
+        module.training = False
+    static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)
+    return Prepared(work, static, tuple(packed))
+
+
+def is_static(node: Node) -> bool:
+    """True when the conv, linear or matmul `node` works on dequantized activations."""
+    operands = node.args[:1] if graphs.kind(node) in graphs.WEIGHTED else node.args[:2]
+    return all(isinstance(a, Node) and a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands)
+
+
+def _unpack_halves(graph: GraphModule) -> Iterable[PackedWeight]:
+    for node in list(graph.graph.nodes):
+        if node.target not in _TO_FLOAT or not graphs.is_constant(node.args[0]):
+            continue
+        half = graphs.constant(graph, node.args[0])
+        if half.dtype != torch.float16:
+            continue
+        wide = graphs.add_constant(graph, f"{node.args[0].target}_float", half.float(), node)
+        layer = _layer_of(node)
+        node.replace_all_uses_with(wide)
+        graph.graph.erase_node(node)
+        yield PackedWeight(layer, "float16", half.float().numpy())
+
+
+def _lower_dynamic(graph: GraphModule) -> Iterable[PackedWeight]:
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target not in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+            continue
+        x, codes_node, scales_node, bias, *rest = node.args
+        if rest[-1] != "row_int8":
+            raise TargetError(
+                f"the layer '{graphs.layer_name(node)}' quantizes its input by the scheme '{rest[-1]}', which no TFLite "
+                "kernel has; plan dynamic int8 for this target with the scheme 'row_int8'."
+            )
+        codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
+        weight = graphs.add_constant(graph, f"{node.name}_weight", _floats(codes, scales), node)
+        is_linear = node.target == qdq.DYNAMIC_LINEAR
+        node.target = aten.linear.default if is_linear else aten.conv2d.default
+        node.args = (x, weight, bias) if is_linear else (x, weight, bias, *rest[:-1])
+        yield _packed(graphs.layer_name(node), "dynamic", codes, scales)
+
+
+def _rewrite_weights(graph: GraphModule) -> Iterable[PackedWeight]:
+    """Codes of a static layer become float -> quantize -> dequantize; those of other layers plain float."""
+    for node in list(graph.graph.nodes):
+        if node.target != qdq.DEQUANTIZE_CHANNEL or not graphs.is_constant(node.args[0]):
+            continue
+        codes_node, scales_node, _, axis = node.args[:4]
+        codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
+        if axis != 0 or codes.dtype != torch.int8:
+            raise TargetError(
+                f"the weight of '{_layer_of(node)}' is {codes.dtype} with scales along axis {axis}; a TFLite weight is "
+                "int8 with one scale per output channel (axis 0)."
+            )
+        weight = graphs.add_constant(graph, f"{codes_node.target}_float", _floats(codes, scales), node)
+        if all(is_static(user) for user in node.users):
+            with graph.graph.inserting_before(node):
+                again = graph.graph.call_function(qdq.QUANTIZE_CHANNEL, (weight, *node.args[1:]))
+            node.args = (again, *node.args[1:])
+        else:
+            layer = _layer_of(node)
+            node.replace_all_uses_with(weight)
+            graph.graph.erase_node(node)
+            yield _packed(layer, "int8", codes, scales)
+
+
+def _floats(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * scales.view(-1, *[1] * (codes.dim() - 1))
+
+
+def _packed(layer: str, form: Form, codes: Tensor, scales: Tensor) -> PackedWeight:
+    return PackedWeight(layer, form, _floats(codes, scales).numpy(), codes.numpy(), scales.numpy())
+
+
+def _layer_of(node: Node) -> str:
+    """The layer that reads the weight `node`."""
+    return graphs.layer_name(next(iter(node.users), node))
+
+
+def _shift_unsigned(graph: GraphModule) -> None:
+    """uint8 codes c with zero point z are the int8 codes c - 128 with zero point z - 128: TFLite's kernels are signed."""
+    for node in graph.graph.nodes:
+        if node.target in (qdq.QUANTIZE, qdq.DEQUANTIZE) and node.args[5] == torch.uint8:
+            x, scale, zero, low, high, _ = node.args
+            node.args = (x, scale, zero - 128, low - 128, high - 128, torch.int8)
+
+
+def _fold_constants(graph: GraphModule) -> None:
+    """Compute what depends on no input: masks, positions, `new_ones`; converters refuse some of these operators."""
+    for node in list(graph.graph.nodes):
+        if not _is_foldable(node):
+            continue
+        args = torch.fx.map_arg(node.args, lambda n: graphs.constant(graph, n))
+        kwargs = torch.fx.map_arg(node.kwargs, lambda n: graphs.constant(graph, n))
+        value = node.target(*args, **kwargs)
+        if not isinstance(value, Tensor):
+            continue
+        node.replace_all_uses_with(graphs.add_constant(graph, f"{node.name}_folded", value, node))
+        graph.graph.erase_node(node)
+
+
+def _is_foldable(node: Node) -> bool:
+    name = graphs.operator_name(node)
+    if not name or graphs.kind(node) == "qdq" or name.startswith(_RANDOM) or name.endswith("_"):
+        return False
+    return all(graphs.is_constant(n) for n in node.all_input_nodes)
+
+
+def _label(graph: GraphModule) -> None:
+    """Let the tensors of the file bear the layers' names, and nothing of the machine that captured the graph."""
+    for node in graph.graph.nodes:
+        node.meta.pop("stack_trace", None)
+        node.meta.pop("from_node", None)
+        if node.op == "call_function":
+            name = graphs.layer_name(_source(node)).replace(";", "_").replace("/", ".")
+            node.meta["nn_module_stack"] = {"layer": ("", name)}
+
+
+def _source(node: Node) -> Node:
+    """The node whose values a chain of Q/DQ carries."""
+    while graphs.kind(node) == "qdq" and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
