@@ -1,0 +1,76 @@
+"""An ONNX file loaded into ONNX Runtime on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from calibrate.samples import Batch
+
+from .errors import TargetError
+
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class OnnxSession:
+    """See `targets.Session`: sequential execution, `threads` threads within an operator."""
+
+    measures_latency = True
+
+    def __init__(self, path: Path, threads: int) -> None:
+        options = session_options()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+        self._session = load(path, options)
+        self._names = [o.name for o in self._session.get_outputs()]
+        providers = ", ".join(self._session.get_providers())
+        self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers})"
+
+    def run(self, inputs: Batch) -> Batch:
+        """Run one batch; {output name: array}."""
+        outputs = self._session.run(self._names, self._checked(inputs))
+        return dict(zip(self._names, outputs, strict=True))
+
+    def bind(self, inputs: Batch) -> Callable[[], object]:
+        """A call that runs once, with inputs and outputs bound to memory beforehand."""
+        binding = self._session.io_binding()
+        for name, array in self._checked(inputs).items():
+            binding.bind_cpu_input(name, array)
+        for name in self._names:
+            binding.bind_output(name, "cpu")
+        return lambda: self._session.run_with_iobinding(binding)
+
+    def _checked(self, inputs: Batch) -> Batch:
+        """The inputs, contiguous; raises TargetError on a missing name or another shape."""
+        arrays: Batch = {}
+        for spec in self._session.get_inputs():
+            if spec.name not in inputs:
+                raise TargetError(f"the artifact's input '{spec.name}' is not among {', '.join(inputs) or 'none'}")
+            array = np.ascontiguousarray(inputs[spec.name])
+            if list(array.shape) != list(spec.shape):
+                raise TargetError(
+                    f"the artifact's input '{spec.name}' has the shape {spec.shape}, not {list(array.shape)}"
+                )
+            arrays[spec.name] = array
+        return arrays
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """What placement and running share. int8 activations stay int8 on x86 too, as they do on Arm: the rewriting to
+    uint8 that ONNX Runtime does there leaves residual blocks unfused (a code tensor with two readers)."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return options
+
+
+def load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A CPU session on the file; raises TargetError with the runtime's own words where it refuses the model."""
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        first = str(error).strip().splitlines()[0]
+        raise TargetError(f"ONNX Runtime {onnxruntime.__version__} can't load {path.name}: {first}") from error

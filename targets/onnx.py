@@ -1,0 +1,75 @@
+"""ONNX, run by ONNX Runtime on the CPU or built into an engine by TensorRT on the device."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import Job, Placement, Session
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SINGLE_FILE_LIMIT = 1_900_000_000
+"""Bytes of tensors above which weights go beside the model: a protobuf holds no more than 2 GiB."""
+
+
+class OnnxTarget:
+    """See `targets.Target`."""
+
+    suffix = ".onnx"
+    quantizes_dynamically = True
+
+    def missing(self) -> str | None:
+        """The pip command that brings onnx, onnxscript and onnxruntime, or None."""
+        from importlib.util import find_spec
+
+        absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        return f"pip install {' '.join(absent)}" if absent else None
+
+    def lower(self, job: Job, path: Path) -> None:
+        """Write the model; weights above 1.9 GB go to `<path>.data`. Raises TargetError where ONNX has no form."""
+        write(build(job), path)
+        if job.rules.runtime == "tensorrt":
+            from ._onnx_tensorrt import check_tensorrt
+
+            check_tensorrt(path)
+
+    def placement(self, path: Path, job: Job) -> Placement:
+        """Let ONNX Runtime optimise the file and count what is left; for TensorRT judge the file by its rules."""
+        from ._onnx_placement import placement
+
+        return placement(path, job)
+
+    def open(self, path: Path, *, threads: int = 1) -> Session:
+        """Load the file into ONNX Runtime on the CPU."""
+        from ._onnx_session import OnnxSession
+
+        return OnnxSession(path, threads)
+
+
+def build(job: Job) -> "ir.Model":
+    """The finished model of `job`, in memory."""
+    from . import _onnx_passes as passes
+    from ._onnx_export import export
+
+    model = export(job)
+    passes.constants_are_folded(model)
+    passes.weight_codes_are_stored_transposed(model)
+    if job.rules.runtime != "tensorrt":
+        passes.means_are_pools(model)
+        passes.pads_run_on_codes(model)
+        passes.biases_are_codes(model)
+    passes.constants_are_folded(model)
+    passes.nodes_bear_layer_names(model)
+    passes.nothing_machine_specific_is_kept(model)
+    return model
+
+
+def write(model: "ir.Model", path: Path) -> None:
+    """Write the model to `path`, as one file where it fits."""
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > SINGLE_FILE_LIMIT else None)
+
+
+TARGET = OnnxTarget()
