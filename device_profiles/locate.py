@@ -52,9 +52,7 @@ def _statements(lines: list[str]) -> Iterator[tuple[Path, int]]:
             for path, inner in _paths(value):
                 yield table + path, start + 1
                 if isinstance(inner, list):
-                    yield from (
-                        ((*table, *path, i), line) for i, line in _items(lines[start:end], path, start)
-                    )
+                    yield from (((*table, *path, i), line) for i, line in _items(lines[start:end], path, start))
         start = end
 
 

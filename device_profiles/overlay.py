@@ -9,9 +9,7 @@ def merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, 
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
-        result[key] = (
-            merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-        )
+        result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
 
 
