@@ -62,9 +62,7 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("cat", "concat"), "cat"),
     "stack": "stack",
     **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), "pad"),
-    **dict.fromkeys(
-        ("reshape", "view", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view"), "reshape"
-    ),
+    **dict.fromkeys(("reshape", "view", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view"), "reshape"),
     **dict.fromkeys(("transpose", "permute", "t", "movedim", "swapaxes"), "transpose"),
     **dict.fromkeys(("slice", "narrow"), "slice"),
     "select": "select",
@@ -81,9 +79,7 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("sort", "argsort"), "sort"),
     "one_hot": "one_hot",
     "cumsum": "cumsum",
-    **dict.fromkeys(
-        ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "interpolate"), "upsample"
-    ),
+    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "interpolate"), "upsample"),
     "pixel_shuffle": "pixel_shuffle",
     **dict.fromkeys(("to", "_to_copy", "type_as"), "cast"),
     **dict.fromkeys(("lstm", "gru"), "lstm"),

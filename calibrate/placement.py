@@ -120,9 +120,7 @@ class _Placer:
         demanded: set[Node] = set()
         for node in reversed(self.nodes):
             for user in node.users:
-                through = (
-                    self._moves(user) or (kind(user) == "getitem" and self._moves(node))
-                ) and user in demanded
+                through = (self._moves(user) or (kind(user) == "getitem" and self._moves(node))) and user in demanded
                 if node in self.wants.get(user, ()) or through:
                     demanded.add(node)
         return demanded

@@ -88,9 +88,7 @@ def dynamic_conv2d(
 ) -> Tensor:
     """Dynamic int8 convolution: x (N, C, H, W) float32, codes (out, C/groups, kh, kw) int8, scales (out,) float32."""
     q, scale = dynamic_codes(x, scheme, (1, 2, 3))
-    product = torch.nn.functional.conv2d(
-        q.double(), codes.double(), None, stride, padding, dilation, groups
-    ).float()
+    product = torch.nn.functional.conv2d(q.double(), codes.double(), None, stride, padding, dilation, groups).float()
     y = product * (scale * scales.view(1, -1, 1, 1))
     return y if bias is None else y + bias.view(1, -1, 1, 1)
 

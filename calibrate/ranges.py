@@ -122,7 +122,7 @@ def race(
                     source.name,
                     args[0],
                     lambda x: n.target(x, *args[1:], **kwargs),
-                    value,  # type: ignore[operator]
+                    value,
                 )
             return value
 
@@ -137,9 +137,7 @@ def race(
             power = float(reference.double().square().sum()) or 1.0
             for i, q in enumerate(options):
                 # Relative to the output's power, so that several readers of one tensor weigh alike.
-                errors[group][i] += (
-                    float((through(fake_quantize(x, q)) - reference).double().square().sum()) / power
-                )
+                errors[group][i] += float((through(fake_quantize(x, q)) - reference).double().square().sum()) / power
 
     runner = _Race(graph, garbage_collect_values=True)
     seen = 0

@@ -52,7 +52,7 @@ class Simulation(Interpreter):
         if n in self._wide:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-            return n.target(*wide, **kwargs).float()  # type: ignore[operator]
+            return n.target(*wide, **kwargs).float()
         return super().run_node(n)
 
 
@@ -71,8 +71,8 @@ def _kernel(graph: GraphModule, node: Node) -> _Kernel | None:
     if not isinstance(codes_node, Node) or codes_node.op != "get_attr" or not isinstance(x.args[1], float):
         return None
     codes = constant(graph, codes_node)
-    scales = constant(graph, scales_node)  # type: ignore[arg-type]
-    reach = int(x.args[4]) - int(x.args[3])  # type: ignore[call-overload]
+    scales = constant(graph, scales_node)
+    reach = int(x.args[4]) - int(x.args[3])
     largest = float(codes.float().abs().flatten(1).sum(1).max()) * reach
     dtype = torch.float32 if largest < EXACT else torch.float64
     unit = torch.tensor(x.args[1], dtype=torch.float32) * scales
@@ -83,7 +83,7 @@ def _run_kernel(node: Node, kernel: _Kernel, args: list[Any], kwargs: dict[str, 
     bias = args[2] if len(args) > 2 else None
     codes = torch.round(args[0].to(kernel.dtype) / kernel.input_scale)
     rest = args[3:]
-    total = node.target(codes, kernel.codes, None, *rest, **kwargs)  # type: ignore[operator]
+    total = node.target(codes, kernel.codes, None, *rest, **kwargs)
     channels = (1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,)
     unit = kernel.unit.view(channels)
     if bias is None:

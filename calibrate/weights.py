@@ -47,9 +47,7 @@ def store_codes(graph: GraphModule, node: Node, codes: Tensor, scales: Tensor, w
         add_constant(graph, f"{stem}_zeros", torch.zeros(len(scales), dtype=torch.int64), node),
     )
     with graph.graph.inserting_before(node):
-        made = graph.graph.call_function(
-            qdq.DEQUANTIZE_CHANNEL, (*parts, 0, -weight_max, weight_max, torch.int8)
-        )
+        made = graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*parts, 0, -weight_max, weight_max, torch.int8))
     made.meta["layer"] = f"{layer_name(node)}.weight"
     return made
 

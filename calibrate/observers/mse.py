@@ -7,7 +7,7 @@ SHRINKS = tuple(1 - step / 50 for step in range(45))
 
 
 def ranges(histogram: Histogram, error: Quantizer) -> list[tuple[float, float]]:
-    """The best of `SHRINKS` of the range seen, both ends alike, then each end alone (coordinate descent, two rounds)."""
+    """The best of `SHRINKS` of the range seen: both ends alike, then each alone, twice over (coordinate descent)."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     best = min(((error(low * s, high * s), low * s, high * s) for s in SHRINKS), key=lambda t: t[0])
     for _ in range(2):

@@ -55,9 +55,7 @@ def _rank(node: Node) -> int:
 def _fold(graph: GraphModule, node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
-    gamma, beta, mean, var = (
-        constant(graph, a).double() if isinstance(a, Node) else None for a in node.args[1:5]
-    )
+    gamma, beta, mean, var = (constant(graph, a).double() if isinstance(a, Node) else None for a in node.args[1:5])
     eps = next(a for a in reversed(node.args) if isinstance(a, float))
     assert mean is not None
     assert var is not None

@@ -25,9 +25,7 @@ class HalfWeights:
                 continue  # scales stay exact
             value = constant(graph, node)
             if bool((value.abs() > 65504).any()):
-                ledger.append(
-                    Entry("half_weights", str(node.target), "left float32", "values beyond float16's 65504")
-                )
+                ledger.append(Entry("half_weights", str(node.target), "left float32", "values beyond float16's 65504"))
                 continue
             half = add_constant(graph, f"{node.target}_half", value.half(), node)
             with graph.graph.inserting_after(node):

@@ -1,5 +1,7 @@
 """Dynamic int8: weights become codes now, activations at run time from each input's own range."""
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 from calibrate import qdq
@@ -36,9 +38,7 @@ class QuantizeDynamic:
         return ledger
 
     def ensures(self, graph: GraphModule) -> str | None:
-        return (
-            None if all(n.target is not qdq.QUANTIZE for n in graph.graph.nodes) else "static Q/DQ appeared"
-        )
+        return None if all(n.target is not qdq.QUANTIZE for n in graph.graph.nodes) else "static Q/DQ appeared"
 
 
 def _refusal(node: Node, kinds: frozenset[str]) -> str | None:
@@ -54,7 +54,7 @@ def _refusal(node: Node, kinds: frozenset[str]) -> str | None:
     return None
 
 
-def _argument(node: Node, index: int, default: object) -> object:
+def _argument(node: Node, index: int, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else default
 
 
@@ -82,7 +82,7 @@ def _replace(graph: GraphModule, node: Node, context: Context) -> None:
     graph.graph.erase_node(node)
 
 
-def _pair(value: object) -> list[int]:
+def _pair(value: Any) -> list[int]:
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     return [int(n) for n in (numbers * 2 if len(numbers) == 1 else numbers)]
 

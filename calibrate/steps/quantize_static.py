@@ -1,6 +1,7 @@
 """Static int8: activations and weights become codes, with ranges fixed from calibration data (W8A8)."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,21 +30,21 @@ class QuantizeStatic:
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         plan = context.plan
         sites = place(graph, plan)
-        _learn(graph, sites, context)
+        refused = _look(graph, sites, context)
+        if refused:  # a tensor no scale can serve: its readers stay float, and the placement is made again without them
+            plan = replace(plan, keep_float={**plan.keep_float, **refused})
+            sites = place(graph, plan)
+            _look(graph, sites, context)
+        _choose(graph, sites, context)
         chosen = {g: context.chosen[names] for g, names in _members(sites).items()}
         nodes = {n.name: n for n in graph.graph.nodes}
-        codes = {
-            name: _insert(graph, nodes, name, sites, chosen[group]) for name, group in sites.group_of.items()
-        }
-        ledger = [
-            Entry("quantize_static", layer, "left float", reason) for layer, reason in sites.left.items()
-        ]
+        for name, group in sites.group_of.items():
+            _insert(graph, nodes, name, sites, chosen[group])
+        ledger = [Entry("quantize_static", layer, "left float", reason) for layer, reason in sites.left.items()]
         for name, layer in sites.layers.items():
             node = nodes[name]
             if is_weighted(node):
-                source = node.args[0]
-                q = codes.get(source.name) if isinstance(source, Node) else None
-                _weights(graph, node, plan, chosen, sites, q)
+                _weights(graph, node, plan)
             ledger.append(Entry("quantize_static", layer, "int8", _how(node, sites, chosen)))
         return ledger
 
@@ -61,14 +62,31 @@ def _members(sites: Sites) -> dict[int, frozenset[str]]:
     return {g: frozenset(names) for g, names in groups.items()}
 
 
-def _learn(graph: GraphModule, sites: Sites, context: Context) -> None:
-    """Fill `context.chosen` for every group of this placement; looks at data only for what is not known yet."""
-    members = _members(sites)
+def _look(graph: GraphModule, sites: Sites, context: Context) -> dict[str, str]:
+    """Fill the histograms not known yet; return layer -> reason for readers of tensors that no scale can serve."""
     missing = {n for n in sites.group_of if n not in context.histograms}
     if missing:
         wanted = Sites(group_of={n: sites.group_of[n] for n in missing})
         found = fill_histograms(graph, wanted, context.batches(), lambda n: context.progress("ranges", n))
         context.histograms.update(found)
+    refused: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        reason = unquantizable(context.histograms[node.name]) if node.name in sites.group_of else None
+        if reason is not None:
+            touched = [node, *(u for u in node.users if u.name in sites.layers), *_writers(node, sites)]
+            refused.update({layer_name(t): reason for t in touched})
+    return refused
+
+
+def _writers(node: Node, sites: Sites) -> list[Node]:
+    """The layer whose kernel would write this tensor, when a fused activation stands between."""
+    source = node.args[0] if node.args else None
+    return [source] if isinstance(source, Node) and source.name in sites.layers else []
+
+
+def _choose(graph: GraphModule, sites: Sites, context: Context) -> None:
+    """Fill `context.chosen` for every group of this placement that has no range yet."""
+    members = _members(sites)
     open_groups = {g: names for g, names in members.items() if names not in context.chosen}
     proposals: dict[int, list[QParams]] = {}
     for group, names in open_groups.items():
@@ -98,18 +116,18 @@ def _fixed(params: tuple[float, int], plan: Plan) -> QParams:
 def unquantizable(histogram: Histogram) -> str | None:
     """Why no scale can serve this tensor, or None: it is not finite, or holds sentinels far beyond its data."""
     if not histogram.finite:
-        return "its input holds infinities or values beyond 1e30 (a mask?)"
+        return "a tensor there holds infinities or values beyond 1e30 (a mask?)"
     reach = max(abs(histogram.low), abs(histogram.high))
     below = histogram.counts.cumsum(0) / histogram.counts.sum().clamp(min=1)
     values = histogram.centers.abs()
     middle = (below > 0.25) & (below < 0.75)
     typical = float(values[middle].max()) if middle.any() else reach
     if reach > SENTINEL * max(typical, 1e-12) and reach > SENTINEL:
-        return f"its input reaches {reach:.2g} where typical values are {typical:.2g} (a mask?)"
+        return f"a tensor there reaches {reach:.2g} where typical values are {typical:.2g} (a mask?)"
     return None
 
 
-def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites, q: QParams) -> QParams:
+def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites, q: QParams) -> None:
     """Put Q/DQ after the tensor `name` for the readers that want codes."""
     node, readers = nodes[name], sites.readers[name]
     users = [u for u in node.users if readers is None or u.name in readers]
@@ -123,16 +141,13 @@ def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites,
         restored.meta["val"] = node.meta["val"]
     for user in users:
         user.replace_input_with(node, restored)
-    return q
 
 
 def _last_placeholder(graph: GraphModule) -> Node:
     return [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
 
 
-def _weights(
-    graph: GraphModule, node: Node, plan: Plan, chosen: dict[int, QParams], sites: Sites, _: QParams | None
-) -> None:
+def _weights(graph: GraphModule, node: Node, plan: Plan) -> None:
     """Turn the layer's weight into codes, and its bias into a multiple of the int32 step where the kernel wants it."""
     weight_node, bias_node = weight_nodes(node)
     assert weight_node is not None
@@ -158,8 +173,8 @@ def _weights(
 def _how(node: Node, sites: Sites, chosen: dict[int, QParams]) -> str:
     source = node.args[0]
     if isinstance(source, Node) and source.target is qdq.DEQUANTIZE:
-        original = source.args[0].args[0]  # type: ignore[union-attr]
-        q = chosen[sites.group_of[original.name]]  # type: ignore[union-attr]
+        original = source.args[0].args[0]
+        q = chosen[sites.group_of[original.name]]
         return f"{kind(node)}, input range by {q.observer}, scale {q.scale:.6g}, zero_point {q.zero_point}"
     return kind(node)
 

@@ -19,9 +19,7 @@ class QuantizeWeights:
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         ledger = []
         for node in list(graph.graph.nodes):
-            table = (
-                kind(node) == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
-            )
+            table = kind(node) == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
             if not (is_weighted(node) or table):
                 continue
             reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
