@@ -201,3 +201,10 @@ def test_a_missing_file_and_one_that_is_no_text_are_told_apart(tmp_path: Path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ProfileError, match="UTF-8"):
         device_profiles.load(str(tmp_path / "binary.toml"))
+
+
+def test_the_example_of_the_readme_loads(tmp_path: Path):
+    readme = Path(device_profiles.__file__).with_name("README.md").read_text()
+    path = tmp_path / "my-board.toml"
+    path.write_text(readme.split("```toml\n")[1].split("```")[0])
+    assert device_profiles.load(str(path)).title == "My board"
