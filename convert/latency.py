@@ -1,0 +1,197 @@
+"""How long one call takes, beside the float model, so that the comparison survives a busy machine.
+
+Protocol: both are warmed up; then they are timed in BLOCKS rounds, one block of calls each per round. The order
+inside a round alternates (ABBA), so that a slow drift of the clock frequency cancels. A block starts with one
+untimed call, since the other model has just used the caches. Every timed call counts: no outlier is dropped.
+
+A measurement is `stable` when the medians of its blocks scatter by less than MAX_BLOCK_CV (both models) and the
+95 % bootstrap interval of the speed-up is narrower than +-MAX_HALF_WIDTH of it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import TightfitError
+from .host import cpu_name, governor
+from .report.schema import Latency
+
+BLOCKS = 20
+MAX_HALF_WIDTH = 0.10
+MAX_BLOCK_CV = 0.10
+
+_RESAMPLES = 1000
+_THINNED = 256  # values kept of the longest block for the bootstrap: enough for a median
+_STUCK_CALLS = 10_000
+
+Run = Callable[[], object]
+Clock = Callable[[], float]
+Seconds = NDArray[np.float64]
+
+
+def measure(
+    run: Run,
+    float_run: Run | None,
+    *,
+    min_runs: int = 100,
+    min_seconds: float = 2.0,
+    warmup_seconds: float = 0.5,
+    threads: int,
+    where: str = "host",
+    clock: Clock = time.perf_counter,
+    progress: Callable[[float], None] | None = None,
+) -> Latency:
+    """Time `run` and, in turns with it, `float_run`; each at least `min_runs` calls and `min_seconds` seconds.
+
+    `threads` is recorded, not set. `clock` returns seconds. `progress` is told the share that is done, (0, 1].
+    Raises TightfitError for limits that measure nothing, and when the clock does not advance.
+    """
+    if min_runs < BLOCKS or min_seconds < 0 or warmup_seconds < 0 or threads < 1:
+        raise TightfitError(
+            f"cannot time {min_runs} runs in {min_seconds} s with {threads} threads: "
+            f"at least {BLOCKS} runs (one per block), no negative time, and one thread."
+        )
+    contestants = [run] if float_run is None else [run, float_run]
+    for contestant in contestants:
+        _warm_up(contestant, warmup_seconds, clock)
+    blocks: list[list[Seconds]] = [[] for _ in contestants]
+    for index in range(BLOCKS):
+        order = range(len(contestants)) if index % 2 == 0 else reversed(range(len(contestants)))
+        for which in order:
+            blocks[which].append(_block(contestants[which], math.ceil(min_runs / BLOCKS), min_seconds / BLOCKS, clock))
+        if progress is not None:
+            progress((index + 1) / BLOCKS)
+    return _summary(blocks[0], blocks[1] if float_run is not None else None, threads, where)
+
+
+def ratio_interval(blocks: list[Seconds], float_blocks: list[Seconds]) -> tuple[float, float]:
+    """95 % bootstrap interval of median(float) / median(artifact), from block pairs [rounds][calls].
+
+    Rounds are drawn, not single calls: calls of one block share their disturbance. The generator is seeded, so the
+    same times give the same interval.
+    """
+    ours, theirs = _thin(blocks), _thin(float_blocks)
+    generator = np.random.default_rng(0)
+    ratios = np.empty(_RESAMPLES)
+    for i in range(_RESAMPLES):
+        drawn = generator.integers(0, len(ours), len(ours))
+        ratios[i] = _median([theirs[j] for j in drawn]) / _median([ours[j] for j in drawn])
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _warm_up(run: Run, seconds: float, clock: Clock) -> None:
+    """Call `run` at least once, until `seconds` have passed."""
+    start = clock()
+    for calls in range(1, 1_000_000_000):
+        run()
+        elapsed = clock() - start
+        if elapsed >= seconds:
+            return
+        _demand_progress(calls, elapsed)
+
+
+def _block(run: Run, runs: int, seconds: float, clock: Clock) -> Seconds:
+    """Call `run` once untimed, then timed until both limits are met; one duration per call."""
+    run()
+    times: list[float] = []
+    total = 0.0
+    while len(times) < runs or total < seconds:
+        start = clock()
+        run()
+        times.append(clock() - start)
+        total += times[-1]
+        _demand_progress(len(times), total)
+    return np.array(times)
+
+
+def _demand_progress(calls: int, elapsed: float) -> None:
+    if calls >= _STUCK_CALLS and elapsed <= 0:
+        raise TightfitError(
+            f"{calls} calls took no time at all on this clock: the call does nothing, or the clock stands still."
+        )
+
+
+def _summary(blocks: list[Seconds], float_blocks: list[Seconds] | None, threads: int, where: str) -> Latency:
+    ours = _statistics(blocks)
+    facts = {"where": where, "threads": threads, "cpu": cpu_name(), "governor": governor()}
+    scatter = [("the artifact", _block_cv(blocks))]
+    if float_blocks is None:
+        warnings = _instabilities(scatter, None, None)
+        return Latency.model_validate({**facts, **ours, "stable": not warnings, "warnings": tuple(warnings)})
+    theirs = _statistics(float_blocks)
+    scatter.append(("float", _block_cv(float_blocks)))
+    speedup = theirs["p50_ms"] / ours["p50_ms"]
+    interval = ratio_interval(blocks, float_blocks)
+    warnings = _instabilities(scatter, speedup, interval)
+    slower = [_slower(speedup, interval)] if speedup < 1 else []
+    twin = {f"float_{name}": value for name, value in theirs.items()}
+    return Latency.model_validate(
+        {
+            **facts,
+            **ours,
+            **twin,
+            "speedup": speedup,
+            "ratio_interval": interval,
+            "stable": not warnings,
+            "warnings": (*slower, *warnings),
+        }
+    )
+
+
+def _statistics(blocks: list[Seconds]) -> dict[str, float]:
+    """Runs, percentiles in milliseconds and coefficient of variation of all timed calls."""
+    times = np.concatenate(blocks)
+    p50, p90, p99 = np.percentile(times, [50, 90, 99]) * 1e3
+    if p50 <= 0:
+        raise TightfitError("half of the calls took no time on this clock: too fast to be timed one by one.")
+    variation = times.std() / times.mean()
+    return {"runs": times.size, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "cv": variation}
+
+
+def _block_cv(blocks: list[Seconds]) -> float:
+    """Coefficient of variation of the blocks' medians: how much the machine drifted."""
+    medians = np.array([np.median(block) for block in blocks])
+    return float(medians.std() / medians.mean())
+
+
+def _instabilities(
+    scatter: list[tuple[str, float]], speedup: float | None, interval: tuple[float, float] | None
+) -> list[str]:
+    """Each reason for which the times are too unstable to compare; none when they are stable."""
+    found = [
+        f"unstable timing: the block medians of {who} vary by {cv:.0%} (limit {MAX_BLOCK_CV:.0%})"
+        for who, cv in scatter
+        if not cv < MAX_BLOCK_CV
+    ]
+    if speedup is not None and interval is not None:
+        half_width = (interval[1] - interval[0]) / 2 / speedup
+        if not half_width < MAX_HALF_WIDTH:
+            found.append(
+                f"unstable timing: the speed-up is known to ±{half_width:.0%} only (limit {MAX_HALF_WIDTH:.0%})"
+            )
+    return found
+
+
+def _slower(speedup: float, interval: tuple[float, float]) -> str:
+    sure = "" if interval[1] < 1 else ", though the interval reaches 1"
+    return f"slower than float: {speedup:.2f}x (95 % interval {interval[0]:.2f} to {interval[1]:.2f}{sure})"
+
+
+def _thin(blocks: list[Seconds]) -> list[Seconds]:
+    """Evenly spaced order statistics of every block, in proportion to its length."""
+    step = math.ceil(max(len(block) for block in blocks) / _THINNED)
+    if step == 1:
+        return blocks
+    thinned = []
+    for block in blocks:
+        start = min(step // 2, (len(block) - 1) // 2)
+        thinned.append(np.sort(block)[start::step])
+    return thinned
+
+
+def _median(blocks: list[Seconds]) -> float:
+    return float(np.median(np.concatenate(blocks)))
