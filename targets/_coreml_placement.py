@@ -1,0 +1,131 @@
+"""What the program in a .mlpackage, read back from disk, computes in which format."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Node
+
+from calibrate import qdq
+
+from . import Fallback, Job, Placement
+from .mil import activation, conv, elementwise, linear, norm, pool, recurrent, reduction, resize
+from .mil.reader import read_function
+
+INT8_KERNELS = frozenset({"conv", "linear", "matmul", "add", "avg_pool", "max_pool"})
+"""Operators Core ML can run on int8 activations; all but matmul are the ones coremltools itself quantizes."""
+
+_OUTPUT_TOO = frozenset({"add", "avg_pool", "max_pool"})
+"""Those that multiply no weights: only between dequantize and quantize are they integer work at all."""
+
+_CONVERSIONS = ("quantize", "dequantize")
+_FAMILIES = (activation, conv, elementwise, linear, norm, pool, recurrent, reduction, resize)
+_NO_COMPUTE = frozenset({"cast", "identity", "select"})
+_COMPUTE = frozenset(name for family in _FAMILIES for name in family.OPS) - _NO_COMPUTE
+_FORMATS = {"fp16": "float16", "fp32": "float32"}
+_PACKED = {
+    "constexpr_affine_dequantize": "int8 weights",
+    "constexpr_blockwise_shift_scale": "int8 weights",
+    "constexpr_cast": "float16 weights",
+    "constexpr_lut_to_dense": "palettized weights",
+    "constexpr_sparse_to_dense": "sparse weights",
+}
+_QUANTIZABLE = frozenset(
+    ["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm", "matmul", "bmm", "add", "mul", "mean", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d", "softmax", "layer_norm", "gelu"]
+)
+
+
+def placement(path: Path, job: Job) -> Placement:
+    """Count the program's operators and name every layer that `job` quantizes but the program computes in float.
+
+    Integer and boolean work (masks, positions) computes nothing a format could speed up and is not counted.
+    """
+    operations = [op for op in read_function(path).operations if op.op_type != "const"]
+    computing = [op for op in operations if op.op_type in _COMPUTE and _format(op) is not None]
+    reasons = {id(op): _why_float(op) for op in computing}
+    kinds = Counter(_kind(op, reasons[id(op)] is None) for op in computing)
+    int8 = sum(1 for op in computing if reasons[id(op)] is None)
+    found = {name: op for op in computing for name in _names(op)}
+    return Placement(
+        int8_ops=int8,
+        float_ops=len(computing) - int8,
+        conversions=sum(1 for op in operations if op.op_type in _CONVERSIONS),
+        fallbacks=tuple(_fallbacks(job, found, reasons)),
+        kinds=dict(sorted(kinds.items())),
+    )
+
+
+def _names(op: Any) -> Iterator[str]:
+    yield op.name
+    for var in op.outputs:
+        yield var.name
+
+
+def _format(op: Any) -> str | None:
+    from coremltools.converters.mil.mil import types
+
+    return _FORMATS.get(types.builtin_to_string(op.outputs[0].dtype))
+
+
+def _kind(op: Any, int8: bool) -> str:
+    if int8:
+        return f"int8 {op.op_type}"
+    packed = {_PACKED[source] for source in _sources(op, "weight", "y", "x") if source in _PACKED}
+    return f"{_format(op)} {op.op_type}" + (f" ({', '.join(sorted(packed))})" if packed else "")
+
+
+def _sources(op: Any, *keys: str) -> list[str]:
+    """The types of the operators that make these arguments."""
+    inputs = [op.inputs[key] for key in keys if key in op.inputs]
+    return [var.op.op_type for var in inputs if getattr(var, "op", None) is not None]
+
+
+def _why_float(op: Any) -> str | None:
+    """Why an operator computes in float; None when it computes in int8."""
+    if op.op_type not in INT8_KERNELS:
+        return f"Core ML has no int8 '{op.op_type}'"
+    keys = ("x", "y") if op.op_type in ("matmul", "add") else ("x",)
+    for key in keys:
+        maker = op.inputs[key].op
+        made = "the model's input" if maker is None else f"'{maker.op_type}'"
+        packed = op.op_type == "matmul" and made.strip("'") in _PACKED and key == "y"
+        if made != "'dequantize'" and not packed:
+            return f"its operand {key} comes from {made}, not from 'dequantize'"
+    if op.op_type in ("conv", "linear") and not set(_sources(op, "weight")) & set(_PACKED):
+        return "its weights are not int8"
+    if op.op_type in _OUTPUT_TOO:
+        users = {user.op_type for user in op.outputs[0].child_ops}
+        if users != {"quantize"}:
+            return f"its result is used as float by {', '.join(sorted(users - {'quantize'})) or 'an output'}"
+    return None
+
+
+def _fallbacks(job: Job, found: dict[str, Any], reasons: dict[int, str | None]) -> Iterator[Fallback]:
+    """The layers that the graph quantizes on both sides of their kernel, and that did not come out in int8."""
+    for node in job.graph.graph.nodes:
+        if not _is_quantized(node):
+            continue
+        op = next((found[name] for name in _aliases(node, job) if name in found), None)
+        if op is None:
+            yield Fallback(node.name, "no operator of this name is left in the Core ML program")
+        elif (reason := reasons[id(op)]) is not None:
+            yield Fallback(node.name, f"runs as {_format(op)} {op.op_type}: {reason}")
+
+
+def _is_quantized(node: Node) -> bool:
+    """Whether every activation a node reads is statically quantized."""
+    if node.op != "call_function" or node.target.__name__.split(".")[0] not in _QUANTIZABLE:  # type: ignore[union-attr]
+        return False
+    sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+    activations = [source for source in sources if source.target is not qdq.DEQUANTIZE_CHANNEL]
+    return bool(activations) and all(source.target is qdq.DEQUANTIZE for source in activations)
+
+
+def _aliases(node: Node, job: Job) -> Iterator[str]:
+    """The names an operator of this node may bear: its own, or that of the output it is."""
+    yield node.name
+    results = job.graph.graph.output_node().args[0]
+    for result, name in zip(results if isinstance(results, list | tuple) else (results,), job.outputs, strict=True):
+        if result is node:
+            yield name
