@@ -13,6 +13,7 @@ from .graph import constant, kind
 
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
 EXACT = 2.0**24
+HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Simulation(Interpreter):
     A conv or linear on codes with constant weight codes is computed as kernels do: an exact integer accumulator, the
     bias in it, one multiplication by the float32 product of the scales. In float32 where the largest possible sum
     stays below 2^24, else in float64. A matmul of two dequantized tensors runs in float64, which is exact too.
-    Everything else runs as the graph is written.
+    Everything else runs as the graph is written; with `compute` "float16" every float32 value is rounded to float16
+    (saturated at ±65504) after the node that makes it, as hardware does that stores halves and adds in single.
     """
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, compute: str = "float32") -> None:
         super().__init__(graph, garbage_collect_values=True)
+        self._half = compute == "float16"
         self._kernels: dict[Node, _Kernel] = {}
         self._wide: set[Node] = set()
         for node in graph.graph.nodes:
@@ -46,6 +49,12 @@ class Simulation(Interpreter):
                 self._wide.add(node)
 
     def run_node(self, n: Node) -> Any:
+        value = self._run(n)
+        if self._half and n.op != "output" and isinstance(value, Tensor) and value.dtype == torch.float32:
+            return value.clamp(-HALF_MAX, HALF_MAX).half().float()
+        return value
+
+    def _run(self, n: Node) -> Any:
         if n in self._kernels:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return _run_kernel(n, self._kernels[n], list(args), kwargs)
@@ -100,9 +109,9 @@ def _run_kernel(node: Node, kernel: _Kernel, args: list[Any], kwargs: dict[str, 
     return (total.to(torch.float32) * unit + bias.view(channels)).float()
 
 
-def simulate(graph: GraphModule) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
+def simulate(graph: GraphModule, compute: str = "float32") -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
     """A callable that runs `graph` as integer kernels would; see `Simulation`."""
-    interpreter = Simulation(graph)
+    interpreter = Simulation(graph, compute)
 
     def call(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -1,0 +1,39 @@
+"""What a reader must know before any number: the warnings at the top of a report."""
+
+from collections.abc import Iterable, Iterator
+
+from convert.report.schema import Report, Result
+
+# Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
+BROKEN_DB = 10.0
+
+
+def warnings_of(report: Report, notes: Iterable[str] = ()) -> Iterator[str]:
+    """One sentence each, the gravest first."""
+    if report.calibration.synthetic:
+        yield "Calibrated and judged on random numbers (--synthetic): every drift below is a guess, none a measurement."
+    for result in report.results:
+        yield from _of_result(result)
+    yield from notes
+
+
+def _of_result(result: Result) -> Iterator[str]:
+    artifact, subject = result.drift.artifact, result.subject
+    if artifact.undefined:
+        yield f"{subject}: the artifact's outputs cannot be compared: {artifact.undefined}."
+    elif artifact.sqnr_db is not None and artifact.sqnr_db < BROKEN_DB:
+        worst = result.drift.first_jump.worst_layers[:3] if result.drift.first_jump else ()
+        where = f" Worst layers: {', '.join(worst)}." if worst else ""
+        yield (
+            f"{subject}: the artifact drifted to {artifact.sqnr_db:.1f} dB against float; it no longer computes what the "
+            f"model does.{where} Try --recipe auto, which puts such layers back to float."
+        )
+    if not result.match.within_one_step:
+        yield f"{subject}: the artifact differs from the torch simulation by more than one output step."
+    if result.latency and result.latency.speedup is not None and result.latency.speedup < 1 and "float32" not in result.recipe:
+        yield f"{subject}: slower than float here ({result.latency.speedup:.2f}x on {result.latency.cpu})."
+    if result.latency and not result.latency.stable:
+        yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
+    if result.placement.fallbacks:
+        names = ", ".join(f.node for f in result.placement.fallbacks[:3])
+        yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
