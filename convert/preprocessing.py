@@ -60,15 +60,15 @@ class Preprocessing(BaseModel):
         for field in ("mean", "std"):
             values = getattr(self, field)
             if len(values) != count:
-                raise ValueError(f'{field}: needs {count} numbers for channels = "{self.channels}", has {len(values)}')
+                raise ValueError(f"'{field}': needs {count} numbers for channels = {self.channels}, has {len(values)}")
             if not np.isfinite(values).all():
-                raise ValueError(f"{field}: must be finite numbers")
+                raise ValueError(f"'{field}': must be finite numbers")
         if min(self.std) <= 0:
-            raise ValueError("std: must be above zero")
+            raise ValueError("'std': must be above zero")
         if self.shorter_side is not None and self.resize != "shorter-side-crop":
-            raise ValueError(f'shorter_side: has no meaning with resize = "{self.resize}"')
+            raise ValueError(f"'shorter_side': has no meaning with resize = {self.resize}")
         if self.shorter_side is not None and self.shorter_side < max(self.size):
-            raise ValueError(f"shorter_side: {self.shorter_side} does not cover size {list(self.size)}")
+            raise ValueError(f"'shorter_side': {self.shorter_side} does not cover size {list(self.size)}")
         return self
 
     @property
@@ -176,7 +176,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         import difflib
 
-        near = difflib.get_close_matches(field, Preprocessing.model_fields, 1)
+        near = difflib.get_close_matches(field, Preprocessing.model_fields, 1, cutoff=0.7)
         hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(Preprocessing.model_fields)}"
         return f"field '{field}': is unknown{hint}"
     return f"field '{field}': {message}" if field else f"field {message}"

@@ -27,6 +27,8 @@ class JsonlSource:
         self._dtypes: dict[str, np.dtype[np.generic]] = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self._shapes: dict[str, tuple[int, ...]] = {}
         length = sum(1 for _ in self._samples())
+        if length == 0:
+            raise TightfitError(f"{path} holds no samples.")
         self.columns = {name: Column(self._dtypes[name], shape, length) for name, shape in self._shapes.items()}
 
     def read(self, names: Sequence[str], indices: Indices, size: int) -> Iterator[Batch]:

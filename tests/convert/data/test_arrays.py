@@ -3,6 +3,7 @@
 import os
 import tracemalloc
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_runs_and_pieces_cover_exactly_the_indices(chosen: set[int], size: int) 
     assert [i for piece in pieces(indices, size) for i in piece] == sorted(chosen)
     ranges = list(runs(indices))
     assert [i for start, stop in ranges for i in range(start, stop)] == sorted(chosen)
-    assert all(later[0] > earlier[1] for earlier, later in zip(ranges, ranges[1:], strict=False))
+    assert all(later[0] > earlier[1] for earlier, later in pairwise(ranges))
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
@@ -147,6 +148,13 @@ def test_floats_are_cast_with_a_note(tmp_path: Path) -> None:
     assert whole(data)["image"].dtype == np.float32
     assert data.notes == ("'image' is cast from float64 to float32",)
     assert opened(tmp_path, image=images(dtype="float16")).notes == ("'image' is cast from float16 to float32",)
+
+
+def test_the_byte_order_of_a_file_changes_nothing(tmp_path: Path) -> None:
+    little = opened(tmp_path, image=images()).fingerprint
+    big = opened(tmp_path, image=images().astype(">f4"))
+    assert whole(big)["image"].dtype == np.float32
+    assert big.fingerprint == little
 
 
 def test_integers_are_cast_with_a_note_and_only_where_they_fit(tmp_path: Path) -> None:
