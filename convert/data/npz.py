@@ -52,6 +52,8 @@ class NpzSource:
                 rows[name] = _Rows(stream, read_header(stream, name))
             for piece in pieces(indices, size):
                 yield {name: rows[name].take(piece) for name in names}
+            for array in rows.values():
+                array.finish()
 
 
 class _Rows:
@@ -73,6 +75,11 @@ class _Rows:
             filled += count
             self._next = stop
         return np.frombuffer(data, self._column.dtype).reshape(len(indices), *self._column.shape)
+
+    def finish(self) -> None:
+        """Read to the end, where the checksum is compared: a damaged file must not pass for want of reading."""
+        while self._stream.read(CHUNK_BYTES):
+            pass
 
     def _skip(self, count: int) -> None:
         while count > 0:

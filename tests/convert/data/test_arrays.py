@@ -121,6 +121,12 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path, kind: s
     assert abs(many - few) < CHUNK_BYTES
 
 
+def test_the_measure_of_memory_sees_a_reader_that_keeps_everything(tmp_path: Path) -> None:
+    spec = InputSpec("image", (1, 64, 64), "float32")
+    source = zeros(tmp_path, "npy", 5_120)
+    assert peak_bytes(source, spec, keep=True) - peak_bytes(source, spec) > 15 * CHUNK_BYTES
+
+
 def zeros(folder: Path, kind: str, count: int) -> str:
     """A file of `count` samples [64, 64] float32, written sparsely (.npy) or compressed (.npz)."""
     path = folder / f"{count}.npy"
@@ -132,12 +138,14 @@ def zeros(folder: Path, kind: str, count: int) -> str:
     return str(path)
 
 
-def peak_bytes(source: str, spec: InputSpec) -> int:
+def peak_bytes(source: str, spec: InputSpec, keep: bool = False) -> int:
+    """The most memory that opening and reading once took at any time."""
+    kept = []
     tracemalloc.start()
     try:
         data = open_data(source, (spec,), work=Path(source).parent)
-        for _ in data.batches(8):
-            pass
+        for batch in data.batches(8):
+            kept = [*kept, batch] if keep else []
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -260,13 +268,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kind: str, keep: int) -> No
         open_data(str(path), (IMAGE,), work=tmp_path)
 
 
-def test_a_flipped_byte_in_an_archive_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_flipped_byte_in_an_archive_is_noticed(tmp_path: Path, limit: int | None) -> None:
     path = Path(saved(tmp_path, image=images()))
     data = bytearray(path.read_bytes())
     data[5000] ^= 1
     path.write_bytes(data)
     with pytest.raises(TightfitError, match="damaged"):
-        open_data(str(path), (IMAGE,), work=tmp_path)
+        open_data(str(path), (IMAGE,), limit=limit, work=tmp_path)
 
 
 def test_a_header_that_promises_too_much_is_refused_before_any_memory_is_taken(tmp_path: Path) -> None:
