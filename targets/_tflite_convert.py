@@ -16,7 +16,7 @@ from calibrate import graph as graphs
 
 from .errors import TargetError
 
-_OPERATOR = re.compile(r"(?:aten[.:]+|Lowering not found: )([a-z_0-9]+)")
+_OPERATOR = re.compile(r"\b(?:aten|quantized_decomposed|tightfit|torchvision)(?:\.|::)([A-Za-z_0-9]+)")
 
 
 def convert(graph: GraphModule, samples: tuple[torch.Tensor, ...], static: bool) -> bytes:
@@ -55,7 +55,8 @@ def _refusal(graph: GraphModule, error: Exception) -> str:
             "fails with simpler operators."
         )
     operator = match.group(1)
-    layers = [graphs.layer_name(n) for n in graph.graph.nodes if graphs.operator_name(n) == operator]
+    same = {operator, operator.strip("_")}  # decomposition turns linalg_svd into _linalg_svd
+    layers = [graphs.layer_name(n) for n in graph.graph.nodes if graphs.operator_name(n).strip("_") in same]
     where = f" (layer {', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
     return (
         f"litert-torch cannot lower the operator '{operator}'{where} to TFLite: {first}. Replace it in the model by "

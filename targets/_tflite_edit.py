@@ -134,7 +134,8 @@ def _codes(
 
     Axes of length 1 can make several axes fit; `preferred` is taken when it does.
     """
-    assert weight.codes is not None and weight.scales is not None
+    assert weight.codes is not None
+    assert weight.scales is not None
     codes = weight.codes.transpose(layout)
     outer = math.prod(codes.shape[: layout.index(0)])
     fits = [a for a, d in enumerate(shape) if d == len(weight.scales) and math.prod(shape[:a]) == outer]

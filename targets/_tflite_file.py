@@ -1,5 +1,6 @@
 """A .tflite file as objects: tensors, operators and constants, to be read or edited and written again."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,19 @@ from .errors import TargetError
 _IDENTIFIER = b"TFL3"
 # How many bytes a flatbuffer can address with its signed 32-bit offsets.
 _LIMIT = 2**31 - 1
+_COMPOSITE = "STABLEHLO_COMPOSITE"
+# Operators that refer to a subgraph of their own by its position.
+_WITH_BODIES = (
+    "WHILE",
+    "IF",
+    "CALL_ONCE",
+    "STABLEHLO_CASE",
+    "STABLEHLO_WHILE",
+    "STABLEHLO_REDUCE",
+    "STABLEHLO_REDUCE_WINDOW",
+    "STABLEHLO_SCATTER",
+    "STABLEHLO_SORT",
+)
 
 DTYPES = {
     "FLOAT32": np.float32,
@@ -33,7 +47,7 @@ def schema() -> Any:
 
 
 class TFLiteFile:
-    """The only subgraph of a .tflite model. Tensors and operators are named by position, as in the file."""
+    """The main graph of a .tflite model. Tensors and operators are named by position, as in the file."""
 
     def __init__(self, content: bytes) -> None:
         if content[4:8] != _IDENTIFIER:
@@ -43,11 +57,10 @@ class TFLiteFile:
             self.model = self._schema.ModelT.InitFromPackedBuf(content, 0)
         except Exception as error:  # struct.error, IndexError, ValueError: whatever a torn offset leads to
             raise TargetError("the TFLite file is damaged; convert the model again.") from error
-        if len(self.model.subgraphs) != 1:
-            raise TargetError("the TFLite file has several subgraphs (control flow), which Tightfit does not handle.")
         self.graph = self.model.subgraphs[0]
-        for op in self.graph.operators:  # flatbuffers hands out read-only arrays
-            op.inputs = [] if op.inputs is None else [int(i) for i in op.inputs]
+        for graph in self.model.subgraphs:  # flatbuffers hands out read-only arrays
+            for op in graph.operators:
+                op.inputs = [] if op.inputs is None else [int(i) for i in op.inputs]
         self._operators = _names(self._schema.BuiltinOperator)
         self._types = _names(self._schema.TensorType)
 
@@ -156,6 +169,33 @@ class TFLiteFile:
         code.deprecatedBuiltinCode = min(wanted, 127)  # readers of the old format look here
         self.model.operatorCodes.append(code)
         return len(self.model.operatorCodes) - 1
+
+    def inline_composites(self) -> None:
+        """Replace each composite by the operators it stands for.
+
+        A composite is a named group the converter found no operator for. LiteRT would run its subgraph one by one;
+        inlined, the operators can be delegated, edited and counted like all others.
+        """
+        while any(self.operator(op) == _COMPOSITE for op in self.graph.operators):
+            operators, self.graph.operators = self.graph.operators, []
+            for op in operators:
+                self.graph.operators += self._inlined(op) if self.operator(op) == _COMPOSITE else [op]
+        if not any(self.operator(op) in _WITH_BODIES for op in self.graph.operators):
+            del self.model.subgraphs[1:]
+
+    def _inlined(self, composite: Any) -> list[Any]:
+        body = copy.deepcopy(self.model.subgraphs[composite.builtinOptions2.decompositionSubgraphIndex])
+        position = {int(i): int(o) for i, o in zip(body.inputs, composite.inputs, strict=True)}
+        forwarded = [(int(i), int(o)) for i, o in zip(body.outputs, composite.outputs, strict=True)]
+        position.update({i: o for i, o in forwarded if i not in position})
+        for index, tensor in enumerate(body.tensors):
+            if index not in position:
+                self.graph.tensors.append(tensor)
+                position[index] = len(self.graph.tensors) - 1
+        for op in body.operators:
+            op.inputs = [-1 if i < 0 else position[int(i)] for i in op.inputs]
+            op.outputs = [position[int(o)] for o in op.outputs]
+        return list(body.operators)
 
     def drop_unused_buffers(self) -> None:
         """Empty the buffers that no tensor and no metadata entry refers to, so that replaced weights leave the file."""

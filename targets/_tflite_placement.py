@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.fx import Node
 
 from calibrate import graph as graphs
@@ -13,40 +12,16 @@ from calibrate import qdq
 
 from . import Fallback, Job, Placement
 from ._tflite_file import TFLiteFile
-from ._tflite_prepare import is_static
+from ._tflite_prepare import codes_key, is_static
 from ._tflite_run import delegation
 
 # Operators that move values or indices about; they cost no arithmetic.
 _MOVEMENT = frozenset(
-    [
-        "RESHAPE",
-        "TRANSPOSE",
-        "SLICE",
-        "STRIDED_SLICE",
-        "PAD",
-        "PADV2",
-        "CONCATENATION",
-        "PACK",
-        "UNPACK",
-        "SPLIT",
-        "SPLIT_V",
-        "SQUEEZE",
-        "EXPAND_DIMS",
-        "BROADCAST_TO",
-        "GATHER",
-        "GATHER_ND",
-        "EMBEDDING_LOOKUP",
-        "CAST",
-        "SHAPE",
-        "TILE",
-        "REVERSE_V2",
-        "MIRROR_PAD",
-        "SPACE_TO_DEPTH",
-        "DEPTH_TO_SPACE",
-        "SELECT",
-        "SELECT_V2",
-        "NO_VALUE",
-    ]
+    (
+        *("RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "PAD", "PADV2", "MIRROR_PAD", "CONCATENATION", "PACK"),
+        *("UNPACK", "SPLIT", "SPLIT_V", "SQUEEZE", "EXPAND_DIMS", "BROADCAST_TO", "TILE", "GATHER", "GATHER_ND"),
+        *("EMBEDDING_LOOKUP", "CAST", "SHAPE", "REVERSE_V2", "SPACE_TO_DEPTH", "DEPTH_TO_SPACE", "SELECT", "SELECT_V2"),
+    )
 )
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "CONV_3D", "TRANSPOSE_CONV", "BATCH_MATMUL")
@@ -58,8 +33,8 @@ def placement(path: Path, job: Job) -> Placement:
     """Read `path` and compare it with the layers `job` quantizes.
 
     `kinds` counts operators by "<format> <OPERATOR>", a conversion as "conversion <OPERATOR>", and, where the runtime
-    is installed, "XNNPACK operators" and "built-in operators": what executes the file here. Raises TargetError when `path` is
-    no TFLite file.
+    is installed, "XNNPACK operators" and "built-in operators": what executes the file here. Raises TargetError when
+    `path` is no TFLite file.
     """
     file = TFLiteFile.read(path)
     kinds: Counter[str] = Counter()
@@ -106,17 +81,33 @@ def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
     seen: set[str] = set()
     weights = _int8_weights(file)
     float_ops = _float_operators(file)
+    results = _results(job)
+    for name, layer in results.items():  # the file's outputs bear the job's names, not the layers'
+        if name in float_ops:
+            float_ops.setdefault(_sanitized(layer), float_ops[name])
     for node in job.graph.graph.nodes:
         layer, reason = graphs.layer_name(node), None
         codes = _codes_of(node)
         if codes is not None:
-            reason = _weight_reason(node, weights.get(_key(graphs.constant(job.graph, codes).numpy()), set()))
+            reason = _weight_reason(node, weights.get(codes_key(graphs.constant(job.graph, codes).numpy()), set()))
         elif _wants_int8(node):
-            names = float_ops.get(layer.replace(";", "_").replace("/", "."))
+            names = float_ops.get(_sanitized(layer))
             reason = f"{names} runs in float: its inputs and output are not all int8 here" if names else None
         if reason is not None and layer not in seen:
             seen.add(layer)
             yield Fallback(layer, reason)
+
+
+def _sanitized(layer: str) -> str:
+    """The layer's name as `_tflite_prepare` writes it into the file."""
+    return layer.replace(";", "_").replace("/", ".")
+
+
+def _results(job: Job) -> dict[str, str]:
+    """Output name -> the layer that computes it."""
+    output = next(n for n in job.graph.graph.nodes if n.op == "output")
+    nodes = [n for n in output.args[0] if isinstance(n, Node)]
+    return {name: graphs.layer_name(node) for name, node in zip(job.outputs, nodes, strict=False)}
 
 
 def _weight_reason(node: Node, formats: set[str]) -> str | None:
@@ -169,15 +160,8 @@ def _int8_weights(file: TFLiteFile) -> dict[str, set[str]]:
         codes = file.constant(tensor) if file.dtype(tensor) == "INT8" else None
         if codes is not None:
             formats = {"float32" if file.operator(op) == "DEQUANTIZE" else operator_format(file, op) for op in ops}
-            found.setdefault(_key(codes), set()).update(formats)
+            found.setdefault(codes_key(codes), set()).update(formats)
     return found
-
-
-def _key(codes: np.ndarray[Any, np.dtype[Any]]) -> str:
-    """The same for one weight in every layout: its codes in sorted order."""
-    import hashlib
-
-    return hashlib.sha256(np.sort(codes, axis=None).tobytes()).hexdigest()
 
 
 def _float_operators(file: TFLiteFile) -> dict[str, str]:

@@ -5,15 +5,17 @@ dequantize_per_channel. Everything else of the vocabulary (`calibrate/qdq.py`) i
 stands for, and a `PackedWeight` says how that weight is to be stored: the file is edited once it is written.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import ShapeProp
 
 from calibrate import graph as graphs
 from calibrate import qdq
@@ -43,18 +45,31 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`graph` for litert-torch; `static` when it holds activation Q/DQ; `packed` to be done on the file."""
+    """`graph` for litert-torch; `static` when it holds activation Q/DQ; `packed` to be done on the file.
+
+    `codes`: a key (`codes_key`) of every int8 constant that static layers may have.
+    """
 
     graph: GraphModule
     static: bool
     packed: tuple[PackedWeight, ...]
+    codes: frozenset[str]
 
 
-def prepare(graph: GraphModule) -> Prepared:
-    """Rewrite a copy of `graph`; numbers stay what they were. Raises TargetError for what has no form in TFLite."""
+def codes_key(codes: NDArray[Any]) -> str:
+    """The same for one weight in every layout: a hash of its codes in sorted order."""
+    return hashlib.sha256(np.sort(codes, axis=None).tobytes()).hexdigest()
+
+
+def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
+    """Rewrite a copy of `graph`, whose inputs are like `samples`; the numbers stay what they were.
+
+    Raises TargetError for what has no form in TFLite.
+    """
     work = graphs.clone(graph)
     packed = [*_unpack_halves(work), *_lower_dynamic(work)]
     _fold_constants(work)
+    _rewrite_average_pools(work, samples)
     _shift_unsigned(work)
     packed += _rewrite_weights(work)
     graphs.finish(work)
@@ -62,7 +77,15 @@ def prepare(graph: GraphModule) -> Prepared:
     for module in work.modules():  # an exported graph refuses .eval(); litert-torch warns when `training` is set
         module.training = False
     static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)
-    return Prepared(work, static, tuple(packed))
+    return Prepared(work, static, tuple(packed), frozenset(_constant_codes(work)))
+
+
+def _constant_codes(graph: GraphModule) -> Iterator[str]:
+    """The keys of all constants that the graph itself quantizes, weights and others."""
+    for node in graph.graph.nodes:
+        if node.target in (qdq.QUANTIZE, qdq.QUANTIZE_CHANNEL) and graphs.is_constant(node.args[0]):
+            scales = [graphs.constant(graph, a) if graphs.is_constant(a) else a for a in node.args[1:3]]
+            yield codes_key(node.target(graphs.constant(graph, node.args[0]), *scales, *node.args[3:]).numpy())
 
 
 def is_static(node: Node) -> bool:
@@ -93,8 +116,8 @@ def _lower_dynamic(graph: GraphModule) -> Iterable[PackedWeight]:
         x, codes_node, scales_node, bias, *rest = node.args
         if rest[-1] != "row_int8":
             raise TargetError(
-                f"the layer '{graphs.layer_name(node)}' quantizes its input by the scheme '{rest[-1]}', which no TFLite "
-                "kernel has; plan dynamic int8 for this target with the scheme 'row_int8'."
+                f"the layer '{graphs.layer_name(node)}' quantizes its input by the scheme '{rest[-1]}', which no "
+                "TFLite kernel has; plan dynamic int8 for this target with the scheme 'row_int8'."
             )
         codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
         weight = graphs.add_constant(graph, f"{node.name}_weight", _floats(codes, scales), node)
@@ -142,7 +165,7 @@ def _layer_of(node: Node) -> str:
 
 
 def _shift_unsigned(graph: GraphModule) -> None:
-    """uint8 codes c with zero point z are the int8 codes c - 128 with zero point z - 128: TFLite's kernels are signed."""
+    """uint8 codes c with zero point z are int8 codes c - 128 with zero point z - 128: TFLite's kernels are signed."""
     for node in graph.graph.nodes:
         if node.target in (qdq.QUANTIZE, qdq.DEQUANTIZE) and node.args[5] == torch.uint8:
             x, scale, zero, low, high, _ = node.args
@@ -168,6 +191,50 @@ def _is_foldable(node: Node) -> bool:
     if not name or graphs.kind(node) == "qdq" or name.startswith(_RANDOM) or name.endswith("_"):
         return False
     return all(graphs.is_constant(n) for n in node.all_input_nodes)
+
+
+def _rewrite_average_pools(graph: GraphModule, samples: tuple[Tensor, ...]) -> None:
+    """Write avg_pool2d that leaves its padding out of the mean as: pad with zeros, pool, correct by the true counts.
+
+    TFLite's AVERAGE_POOL_2D does leave padding out, but knows only SAME and VALID; litert-torch lowers other paddings
+    to a reduce-window that LiteRT refuses to run.
+    """
+    aten = torch.ops.aten
+    wanted = [n for n in graph.graph.nodes if n.target == aten.avg_pool2d.default and _leaves_padding_out(n)]
+    if wanted:
+        ShapeProp(graph).propagate(*samples)
+    for node in wanted:
+        x, kernel, stride, padding, *_ = _pool_arguments(node)
+        shape = x.meta["tensor_meta"].shape[-2:]
+        counts = torch.nn.functional.avg_pool2d(torch.ones(1, 1, *shape), kernel, stride, padding)
+        correction = graphs.add_constant(graph, f"{node.name}_correction", 1.0 / counts, node)
+        vertical, horizontal = padding
+        with graph.graph.inserting_before(node):
+            padded = graph.graph.call_function(
+                aten.constant_pad_nd.default, (x, [horizontal, horizontal, vertical, vertical])
+            )
+            pooled = graph.graph.call_function(aten.avg_pool2d.default, (padded, kernel, stride))
+            # Two signs keep the constant from standing between Q and DQ, where the converter would quantize it.
+            negative = graph.graph.call_function(aten.neg.default, (pooled,))
+            product = graph.graph.call_function(aten.mul.Tensor, (negative, correction))
+            mean = graph.graph.call_function(aten.neg.default, (product,))
+        for new in (padded, pooled, negative, product, mean):
+            new.meta.update(node.meta, layer=graphs.layer_name(node))
+        node.replace_all_uses_with(mean)
+        graph.graph.erase_node(node)
+
+
+def _leaves_padding_out(pool: Node) -> bool:
+    _, _, _, padding, ceil, include, divisor = _pool_arguments(pool)
+    return any(padding) and not include and not ceil and divisor is None
+
+
+def _pool_arguments(node: Node) -> tuple[Any, list[int], list[int], list[int], bool, bool, int | None]:
+    """avg_pool2d's arguments with the schema's defaults: input, kernel, stride, padding, ceil, include, divisor."""
+    defaults: list[Any] = [None, None, [], [0, 0], False, True, None]
+    values = [*node.args, *defaults[len(node.args) :]]
+    pairs = [list(v) * 2 if len(v) == 1 else list(v) for v in (values[1], values[2] or values[1], values[3])]
+    return values[0], pairs[0], pairs[1], pairs[2], values[4], values[5], values[6]
 
 
 def _label(graph: GraphModule) -> None:

@@ -102,6 +102,29 @@ def _fitted(name: str, values: Array, detail: dict[str, Any]) -> Array:
     return cast
 
 
+def try_once(content: bytes, inputs: Batch) -> None:
+    """Run a file's bytes once where a runtime is installed; raises TargetError when it cannot run them."""
+    try:
+        cls, name = interpreter_class()
+    except MissingRuntime:
+        return
+    try:
+        interpreter = cls(model_content=content, num_threads=1)
+        interpreter.allocate_tensors()
+        details = interpreter.get_signature_runner(SIGNATURE).get_input_details()
+        for key, detail in details.items():
+            interpreter.set_tensor(detail["index"], _fitted(key, inputs[key], detail))
+        interpreter.invoke()
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, TargetError):
+            raise
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise TargetError(
+            f"litert-torch wrote a file that {name} cannot run: {reason} Write the part of the model that fails with "
+            "simpler operators, or choose another target."
+        ) from error
+
+
 def delegation(path: Path) -> dict[str, int]:
     """How many of the file's operators XNNPACK executes here and how many the built-in kernels do.
 
