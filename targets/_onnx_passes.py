@@ -39,7 +39,7 @@ def new_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     while unique in graph.initializers:
         count += 1
         unique = f"{name}_{count}"
-    value = ir.Value(name=unique, const_value=ir.tensor(np.ascontiguousarray(array), name=unique))
+    value = ir.Value(name=unique, const_value=ir.tensor(np.array(array, order="C"), name=unique))
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)
     return value
@@ -62,7 +62,7 @@ def weight_codes_are_stored_transposed(model: ir.Model) -> None:
         made = ir.node(
             "DequantizeLinear", [stored, *source.inputs[1:]], attributes={"axis": 1}, metadata_props=node.metadata_props
         )
-        _replace(model.graph, node, made)
+        replace(model.graph, node, made)
 
 
 def biases_are_codes(model: ir.Model) -> None:
@@ -133,12 +133,12 @@ def means_are_pools(model: ir.Model) -> None:
         pool.outputs[0].shape = ir.Shape([x.shape[0], x.shape[1], 1, 1])
         pool.outputs[0].dtype = x.dtype
         if node.attributes.get_int("keepdims", 1):
-            _replace(model.graph, node, pool)
+            replace(model.graph, node, pool)
             continue
         shape = new_constant(model.graph, f"{node.name}_shape", np.array([int(d) for d in x.shape[:2]], np.int64))
         model.graph.insert_before(node, pool)
         reshape = ir.node("Reshape", [pool.outputs[0], shape], metadata_props=node.metadata_props)
-        _replace(model.graph, node, reshape)
+        replace(model.graph, node, reshape)
 
 
 def pads_run_on_codes(model: ir.Model) -> None:
@@ -170,7 +170,7 @@ def pads_run_on_codes(model: ir.Model) -> None:
             attributes={"mode": "constant"},
             metadata_props=pad.metadata_props,
         )
-        _replace(model.graph, node, made)
+        replace(model.graph, node, made)
 
 
 def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
@@ -210,7 +210,7 @@ def nothing_machine_specific_is_kept(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+def replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """Put `new` in the place of `old`; its output keeps the old one's name, type and readers."""
     before, after = old.outputs[0], new.outputs[0]
     after.name, after.shape, after.type = before.name, before.shape, before.type

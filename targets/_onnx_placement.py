@@ -1,5 +1,6 @@
 """What an ONNX file will compute in which format: read back after ONNX Runtime's own optimisation."""
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +16,12 @@ from calibrate.graph import is_constant, kind, layer_name
 from . import Fallback, Job, Placement
 from ._onnx_session import load, session_options
 
-CONVERSIONS = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"))
+CONVERSIONS = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast"))
 INTEGER = frozenset(("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger"))
 ON_CODES = frozenset(("MaxPool", "Clip", "Max", "Min"))
 """Operators that compute on codes where they get codes, and on floats otherwise."""
 MOVES = frozenset(
     [
-        "Cast",
         "Concat",
         "Constant",
         "ConstantOfShape",
@@ -112,11 +112,11 @@ def _format(node: onnx.NodeProto, codes: set[str]) -> str:
     """ "int8", "float", "convert" or "move"; adds the node's outputs to `codes` where they are codes."""
     reads_codes = bool(node.input) and node.input[0] in codes
     if node.op_type in CONVERSIONS:
-        if node.op_type != "DequantizeLinear":
+        if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
             codes.add(node.output[0])
         return "convert"
     if node.op_type in MOVES:
-        if reads_codes and node.op_type != "Cast":
+        if reads_codes:
             codes.update(node.output)
         return "move"
     if node.op_type.startswith("QLinear") or node.op_type in INTEGER:
@@ -131,11 +131,11 @@ def _format(node: onnx.NodeProto, codes: set[str]) -> str:
 
 def layer_of(name: str, layers: Counter[str]) -> str:
     """The layer a node's name belongs to ("conv", "conv/Add", "conv#2"); "" for none of `layers`."""
-    stem = name
+    stem = re.sub(r"(_token_\d+)+$", "", name)  # what ONNX Runtime appends where it fuses
     while stem:
         if stem in layers:
             return stem
-        cut = max(stem.rfind("/"), stem.rfind("#"), stem.rfind("_"))
+        cut = max(stem.rfind("/"), stem.rfind("#"))
         stem = stem[:cut] if cut >= 0 else ""
     return ""
 

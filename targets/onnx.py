@@ -50,6 +50,8 @@ def build(job: Job) -> "ir.Model":
     """The finished model of `job`, in memory."""
     from . import _onnx_passes as passes
     from ._onnx_export import export
+    from ._onnx_half import in_float16
+    from ._onnx_opset import at_opset
 
     model = export(job)
     passes.constants_are_folded(model)
@@ -58,6 +60,9 @@ def build(job: Job) -> "ir.Model":
         passes.means_are_pools(model)
         passes.pads_run_on_codes(model)
         passes.biases_are_codes(model)
+    at_opset(model, job.rules.opset)
+    if job.compute == "float16":
+        in_float16(model)
     passes.constants_are_folded(model)
     passes.nodes_bear_layer_names(model)
     passes.nothing_machine_specific_is_kept(model)

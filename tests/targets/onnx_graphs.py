@@ -89,12 +89,12 @@ class _Quantizer:
                 continue
             if any(isinstance(a, Node) and a.op == "get_attr" for a in node.args[:2]) and not is_weighted(node):
                 continue
-            operands = [node.args[0]] if is_weighted(node) else [a for a in node.all_input_nodes]
+            operands = [node.args[0]] if is_weighted(node) else list(node.all_input_nodes)
             made = {a: self._codes(a) for a in operands if a not in self.done.values()}
             node.args = torch.fx.map_arg(node.args, lambda a, made=made: made.get(a, a))
             if is_weighted(node):
                 self._weight(node)
-            if self.recipe.outputs and list(node.users)[0].op != "output":
+            if self.recipe.outputs and next(iter(node.users)).op != "output":
                 tail = _tail(node)
                 self._codes(tail)
         return finish(self.graph)
@@ -141,7 +141,7 @@ class _Quantizer:
 
 
 def _tail(node: Node) -> Node:
-    user = list(node.users)[0]
+    user = next(iter(node.users))
     fused = len(node.users) == 1 and kind(user) in ("relu", "clamp")
     return user if fused else node
 
