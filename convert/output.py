@@ -28,7 +28,7 @@ def refuse_existing(out: Path, force: bool) -> None:
         return
     if not force:
         raise TightfitError(f"{out} exists already. Choose another folder with -o, or replace it with --force.")
-    ours = out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))
+    ours = out.is_dir() and (not any(out.iterdir()) or any(out.glob("report.json")) or any(out.glob("*/report.json")))
     if not ours:
         raise TightfitError(
             f"{out} was not made by Tightfit (it has no report.json), so --force will not delete it. "

@@ -45,6 +45,7 @@ class Options:
     evaluation: str | None = None
     labels: str | None = None
     targets: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()  # (device, target), instead of every device with every target
     recipe: str = "auto"
     weights: Path | None = None
     inputs: tuple[InputSpec, ...] = ()
@@ -55,6 +56,7 @@ class Options:
     seed: int = 0
     synthetic: bool = False
     python: Path | None = None
+    search_path: Path | None = None  # where a module:function may be found besides PYTHONPATH
     force: bool = False
     name: str | None = None
     budget: Budget = field(default_factory=Budget)
@@ -90,8 +92,7 @@ def convert(options: Options, progress: Progress | None = None) -> schema.Report
     """Run the whole job and write `options.out`. Raises TightfitError; leaves nothing behind when it does."""
     progress = progress or Silent()
     started = time.perf_counter()
-    profiles = [_profile(name) for name in options.devices]
-    pairs = [(p, t) for p in profiles for t in _targets(p, options)]
+    pairs = _pairs(options)
     _refuse_missing(sorted({t for _, t in pairs}))
     import torch
 
@@ -115,6 +116,13 @@ def convert(options: Options, progress: Progress | None = None) -> schema.Report
 def _profile(name: str) -> DeviceProfile:
     with user_errors():
         return load(name)
+
+
+def _pairs(options: Options) -> list[tuple[DeviceProfile, str]]:
+    if options.pairs:
+        return [(_profile(device), target) for device, target in options.pairs]
+    profiles = [_profile(name) for name in dict.fromkeys(options.devices)]
+    return [(p, t) for p in profiles for t in _targets(p, options)]
 
 
 def _targets(profile: DeviceProfile, options: Options) -> tuple[str, ...]:
@@ -156,6 +164,7 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
             examples=examples,
             python=options.python,
             work=work,
+            search_path=options.search_path,
         )
     if options.name:
         captured = replace(captured, name=options.name)
@@ -220,7 +229,7 @@ def _one(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     made = compress(captured, decision, run.samples.calibration, lambda what, done: progress.advance(done, None, what))
     home = run.folder / profile.name
     home.mkdir(exist_ok=True)
-    path = home / f"{captured.name}.{target.suffix}"
+    path = home / f"{captured.name}{target.suffix}"
     job = _job(run, decision, made)
     progress.advance(0, None, "lower")
     target.lower(job, path)
@@ -253,7 +262,7 @@ def _twin(run: Run, target: targets.Target, job: targets.Job, decision: Decision
     """The float32 artifact of the same target, lowered once for all devices whose rules agree."""
     rules = decision.rules
     folder = run.twins / f"{rules.target}-{rules.opset}-{rules.deployment_target}-{rules.runtime}"
-    path = folder / f"{run.captured.name}.{target.suffix}"
+    path = folder / f"{run.captured.name}{target.suffix}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         run.progress.advance(0, None, "lower float twin")

@@ -1,0 +1,281 @@
+"""The command line: arguments in, printing out; everything else happens elsewhere, imported when a command runs."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tightfit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fit a trained model onto a small device, and prove what came out.\n\n"
+    "Start with [bold]tightfit demo[/bold], then [bold]tightfit convert --help[/bold].",
+    epilog="Exit codes: 0 good, 1 a gate failed, 2 bad input or usage, 3 something is not installed.",
+)
+
+Device = Annotated[
+    list[str] | None,
+    typer.Option("--device", "-d", metavar="NAME", help="A device, or ./my-board.toml; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights for module:function.")]
+Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SPEC", help="Such as x:float32:1x3x32x32; repeatable."),
+]
+Python = Annotated[Path | None, typer.Option(metavar="PATH", help="Interpreter for module:function.")]
+Threads = Annotated[int, typer.Option(min=1, metavar="N", show_default=False, help="Threads to use (1).")]
+
+
+@app.command(
+    epilog="Example: tightfit convert model.onnx -d raspberry-pi-4b -d iphone-a17-pro --calibration images.npz -o out"
+)
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2, a .onnx, or module:function.")],
+    device: Device = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help=".npz .npy .jsonl FOLDER module:function.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FOLDER", show_default=False, help="Where it goes (./tightfit-out).")
+    ] = Path("tightfit-out"),
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", metavar="NAME", help="onnx, tflite, coreml; repeatable.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", show_default=False, help="auto, int8, float16, ...; join by +.")
+    ] = "auto",
+    evaluation: Annotated[str | None, typer.Option(metavar="DATA", help="Held-out samples (else a fifth).")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="FILE", help="Their class labels (.npy).")] = None,
+    preprocessing: Annotated[Path | None, typer.Option(metavar="FILE", help="How images become inputs (TOML).")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, metavar="N", help="At most N calibration samples.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, metavar="N", help="Batch size of the artifact (1).")] = None,
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(metavar="N", show_default=False, help="Seed of every random choice (0).")] = 0,
+    min_speedup: Annotated[float | None, typer.Option(metavar="X", help="Gate: float time / its time.")] = None,
+    min_sqnr: Annotated[float | None, typer.Option(metavar="DB", help="Gate: signal to noise ratio.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(metavar="P", help="Gate: equal top-1, from 0 to 1.")] = None,
+    max_fallback: Annotated[int | None, typer.Option(metavar="N", help="Gate: layers that fell back.")] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="No data: random numbers, marked.")] = False,
+    weights: Weights = None,
+    input_: Input = None,
+    python: Python = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the artifacts.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a trained model into checked artifacts for named devices."""
+    from convert.capture import parse_input
+    from convert.errors import TightfitError
+    from convert.gates import Budget
+    from convert.pipeline import Options
+    from convert.pipeline import convert as run
+
+    names = _split(device)
+    if not names:
+        raise TightfitError("which device is it for? Give --device NAME; `tightfit devices` lists the names.")
+    gates = {
+        "min_speedup": min_speedup,
+        "min_sqnr_db": min_sqnr,
+        "min_agreement": min_agreement,
+        "max_fallbacks": max_fallback,
+    }
+    options = Options(
+        model=model,
+        devices=names,
+        out=out,
+        calibration=calibration,
+        evaluation=evaluation,
+        labels=labels,
+        targets=_split(target),
+        recipe=recipe,
+        weights=weights,
+        inputs=tuple(parse_input(i) for i in input_ or ()),
+        preprocessing=preprocessing,
+        samples=samples,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+        synthetic=synthetic,
+        python=python,
+        force=force,
+        name=name,
+        budget=Budget().with_limits(**gates),
+        command=_command(),
+    )
+    from convert.console import show_report, working
+
+    with working(quiet=json) as progress:
+        report = run(options, progress)
+    show_report(report, out, json)
+    if any(not g.passed for r in report.results for g in r.gates):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: tightfit check out --budget budget.toml --baseline previous/out --junit check.xml")
+def check(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `tightfit convert` wrote.")],
+    budget: Annotated[Path | None, typer.Option(metavar="FILE", help="Limits (TOML); see docs/check.md.")] = None,
+    baseline: Annotated[Path | None, typer.Option(metavar="OLD", help="An earlier OUT to compare with.")] = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Inject faults; every one must trip a gate.")] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the JUnit XML goes (OUT/check.xml).")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the Markdown goes (OUT/check.md).")
+    ] = None,
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Run the artifacts in OUT again and hold them to their record, a budget and a baseline."""
+    from convert.check import check as run
+    from convert.console import show_gates, working
+
+    with working(quiet=json) as progress:
+        gates = run(out, budget, baseline, self_test=self_test, threads=threads, progress=progress)
+    passed = show_gates(gates, out, junit, markdown, json)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: tightfit bench out/raspberry-pi-4b/resnet.tflite --threads 2")
+def bench(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .onnx, .tflite or .mlpackage.")],
+    float_: Annotated[
+        Path | None,
+        typer.Option("--float", metavar="FILE", help="The float twin (found beside the artifact by itself)."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="At least so many runs of each.")] = 100,
+    seconds: Annotated[float, typer.Option(min=0, help="At least so long for each.")] = 2.0,
+    threads: Threads = 1,
+    json: Json = False,
+) -> None:
+    """Latency of an artifact on this machine, in turns with its float twin."""
+    from convert.bench import bench as run
+    from convert.console import show_bench, working
+
+    with working(quiet=json) as progress:
+        found = run(artifact, float_, runs=runs, seconds=seconds, threads=threads, progress=progress)
+    show_bench(found, artifact, json)
+
+
+@app.command(epilog="Example: tightfit inspect model.onnx --device coral-edgetpu")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2, a .onnx, or module:function.")],
+    device: Device = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", metavar="NAME", help="Instead of the device's own.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="What to plan for.")] = "auto",
+    weights: Weights = None,
+    input_: Input = None,
+    python: Python = None,
+    json: Json = False,
+) -> None:
+    """Operators, parameters, MACs; what will quantize and what the device will not run, before any work."""
+    from convert.capture import parse_input
+    from convert.console import show_inspection, working
+    from convert.inspection import inspect_model
+
+    inputs = tuple(parse_input(i) for i in input_ or ())
+    with working(quiet=json) as progress:
+        found = inspect_model(
+            model, _split(device), target, recipe, weights=weights, inputs=inputs, python=python, progress=progress
+        )
+    show_inspection(found, json)
+
+
+@app.command(epilog="Example: tightfit devices raspberry-pi-5")
+def devices(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, json: Json = False) -> None:
+    """The devices there are; one of them in full, every fact with its source."""
+    from convert.console import show_device, show_devices
+
+    show_device(name, json) if name else show_devices(json)
+
+
+@app.command(epilog="Example: tightfit steps")
+def steps(json: Json = False) -> None:
+    """The steps that improve a graph, and the recipes made of them."""
+    from convert.console import show_steps
+
+    show_steps(json)
+
+
+@app.command(epilog="Example: tightfit targets")
+def targets(json: Json = False) -> None:
+    """The formats a model can be lowered to, and whether their packages are installed."""
+    from convert.console import show_targets
+
+    show_targets(json)
+
+
+@app.command(epilog="Example: tightfit doctor")
+def doctor(json: Json = False) -> None:
+    """What is installed, what is missing, and the command that brings it."""
+    from convert.console import show_doctor
+
+    if not show_doctor(json):
+        raise typer.Exit(3)
+
+
+@app.command(epilog="Example: tightfit demo -o demo")
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where the results go.")] = Path(
+        "tightfit-demo"
+    ),
+    threads: Threads = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace FOLDER if it is an earlier demo.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert two small models that come with Tightfit for three devices, and write a report to look at."""
+    from convert.console import show_demo, working
+    from convert.demo import demo as run
+
+    with working(quiet=json) as progress:
+        reports = run(out, threads=threads, force=force, command=_command(), progress=progress)
+    show_demo(reports, out, json)
+
+
+def _split(values: list[str] | None) -> tuple[str, ...]:
+    """Repeated and comma-separated names, in order."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+
+
+def _command() -> str:
+    return shlex.join(["tightfit", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run the command line; every error a user can cause becomes a paragraph and an exit code."""
+    # Libraries that talk on import or start-up; what they say is not for our users.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from convert.errors import TightfitError
+
+        if not isinstance(error, TightfitError):
+            raise
+        _say(str(error))
+        sys.exit(error.exit_code)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {_escaped(text)}", highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
