@@ -1,0 +1,107 @@
+"""Numbers and verdicts in words, the same in every view."""
+
+from collections.abc import Iterable
+
+from .schema import Accuracy, Calibration, Latency, Report, Result, Signal
+
+
+def sqnr(signal: Signal) -> str:
+    """An SQNR: "26.9 dB", "exact", or "undefined"."""
+    if signal.sqnr_db is not None:
+        return f"{signal.sqnr_db:.1f} dB"
+    return "exact" if signal.exact else "undefined"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, three digits or so: "312 kB", "1.09 MB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{_three_digits(value)} {unit}"
+
+
+def milliseconds(value: float) -> str:
+    """A time with three digits: "0.642 ms"; microseconds under a hundredth of a millisecond."""
+    return f"{_three_digits(value * 1000)} µs" if value < 0.01 else f"{_three_digits(value)} ms"
+
+
+def percent(share: float) -> str:
+    """A share [0, 1] with two digits after the point: "91.95 %"."""
+    return f"{share * 100:.2f} %"
+
+
+def points(accuracy: Accuracy) -> str:
+    """The change of accuracy from float to artifact in percentage points, with its sign: "−0.15"."""
+    change = (accuracy.artifact - accuracy.float_) * 100
+    text = f"{abs(change):.2f}"
+    return text if float(text) == 0 else f"{'−' if change < 0 else '+'}{text}"
+
+
+def speed(latency: Latency | None) -> str:
+    """The speed against float: "2.10x faster", "0.83x: slower", with "unstable" where it is; "not measured"."""
+    if latency is None or latency.speedup is None:
+        return "not measured"
+    if latency.speedup < 1:
+        text = f"{latency.speedup:.2f}x, slower"
+    else:
+        text = f"{latency.speedup:.2f}x as fast"
+    return text if latency.stable else f"{text}, unstable"
+
+
+def match(result: Result) -> str:
+    """How the artifact's outputs relate to the simulation's."""
+    if result.match.exact:
+        return "bit-exact"
+    return "within one step" if result.match.within_one_step else "differs"
+
+
+def result_failed(result: Result) -> bool:
+    """True when a gate failed or the artifact does not compute what its simulation does."""
+    return any(not gate.passed for gate in result.gates) or not result.match.within_one_step
+
+
+def verdict(report: Report) -> str:
+    """One sentence for the whole report."""
+    total = len(report.results)
+    failed = [r for r in report.results if result_failed(r)]
+    unjudged = sum(not r.gates for r in report.results)
+    noun = "artifact" if total == 1 else "artifacts"
+    if failed:
+        return f"{len(failed)} of {total} {noun} failed: {', '.join(r.subject for r in failed)}"
+    if unjudged == total:
+        return f"{total} {noun} made; no gate was set, so nothing was judged"
+    if unjudged:
+        return f"{total - unjudged} of {total} {noun} passed every gate; no gate was set for the rest"
+    return f"{'The' if total == 1 else 'All'} {'' if total == 1 else f'{total} '}{noun} passed every gate"
+
+
+def derive_warnings(calibration: Calibration, results: Iterable[Result]) -> tuple[str, ...]:
+    """What a reader must know before any number, drawn from the numbers themselves."""
+    found = []
+    if calibration.synthetic:
+        found.append("Calibrated on synthetic data: drift and accuracy say nothing about real inputs.")
+    for result in results:
+        found += [f"{result.subject}: {text}" for text in _warnings(result)]
+    return tuple(found)
+
+
+def _warnings(result: Result) -> list[str]:
+    texts = []
+    if not result.match.within_one_step:
+        texts.append(f"the artifact does not compute what its simulation does: {result.match.reason}")
+    undefined = result.drift.artifact.undefined
+    if undefined:
+        texts.append(f"the drift of the artifact is undefined: {undefined}")
+    texts += list(result.latency.warnings) if result.latency else [f"no latency: {result.latency_note}"]
+    fallbacks = len(result.placement.fallbacks)
+    if fallbacks:
+        noun = "operator does" if fallbacks == 1 else "operators do"
+        texts.append(f"{fallbacks} {noun} not run as wanted")
+    return texts
+
+
+def _three_digits(value: float) -> str:
+    places = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
+    return f"{value:.{places}f}"
