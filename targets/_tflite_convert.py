@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch.fx import GraphModule
 
 from calibrate import graph as graphs
 
+from ._tflite_run import discarded_stderr
 from .errors import TargetError
 
 _OPERATOR = re.compile(r"\b(?:aten|quantized_decomposed|tightfit|torchvision)(?:\.|::)([A-Za-z_0-9]+)")
@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
     root, handlers, disabled = logging.root, list(logging.root.handlers), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), _discarded_stderr():
+        with warnings.catch_warnings(), discarded_stderr():
             warnings.simplefilter("ignore")
             from litert_torch import _config
 
@@ -82,16 +82,3 @@ def _quiet() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def _discarded_stderr() -> Iterator[None]:
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from calibrate.samples import InputSpec
 
-from ._tflite_file import TFLiteFile
+from ._tflite_file import SIGNATURE, TFLiteFile
 from ._tflite_prepare import PackedWeight
 
-SIGNATURE = "serving_default"
 # Operators with a kernel for float activations times int8 weights, the axis of the weight's channels, the version.
 _HYBRID = {"FULLY_CONNECTED": (0, 12), "CONV_2D": (0, 5), "DEPTHWISE_CONV_2D": (3, 6)}
 _DEQUANTIZE_INT8, _DEQUANTIZE_HALF = 5, 3

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import TargetError
 
+SIGNATURE = "serving_default"
 _IDENTIFIER = b"TFL3"
 # How many bytes a flatbuffer can address with its signed 32-bit offsets.
 _LIMIT = 2**31 - 1

@@ -7,6 +7,7 @@ import torch
 from . import Job
 from ._tflite_convert import convert
 from ._tflite_edit import halve_constants, name_interface, pack_weights
+from ._tflite_fence import remove_fences
 from ._tflite_file import TFLiteFile
 from ._tflite_prepare import Prepared, codes_key, prepare
 from ._tflite_run import try_once
@@ -21,8 +22,9 @@ def lower(job: Job) -> bytes:
     prepared = prepare(job.graph, samples)
     file = TFLiteFile(convert(prepared.graph, samples, prepared.static))
     file.inline_composites()
+    remove_fences(file, prepared.fences)
     name_interface(file, job.inputs, job.outputs)
-    _refuse_foreign_codes(file, prepared)
+    refuse_foreign_codes(file, prepared)
     pack_weights(file, prepared.packed)
     if job.compute == "float16":
         halve_constants(file)
@@ -31,7 +33,7 @@ def lower(job: Job) -> bytes:
     return content
 
 
-def _refuse_foreign_codes(file: TFLiteFile, prepared: Prepared) -> None:
+def refuse_foreign_codes(file: TFLiteFile, prepared: Prepared) -> None:
     """Raise TargetError when the converter quantized a weight that the graph holds in float.
 
     It does so for any operator between Q and DQ whose constant operand has none, and picks the scale by itself.

@@ -11,6 +11,7 @@ from calibrate import graph as graphs
 from calibrate import qdq
 
 from . import Fallback, Job, Placement
+from ._tflite_fence import after_activation, has_float_constant
 from ._tflite_file import TFLiteFile
 from ._tflite_prepare import codes_key, is_static
 from ._tflite_run import delegation
@@ -135,18 +136,11 @@ def _codes_of(node: Node) -> Node | None:
 
 def _wants_int8(node: Node) -> bool:
     """True for an operator without weights that reads dequantized tensors only, and whose value is quantized again."""
-    if node.op != "call_function" or graphs.kind(node) in ("qdq", *graphs.MOVEMENT):
+    if node.op != "call_function" or graphs.kind(node) in ("qdq", *graphs.MOVEMENT) or has_float_constant(node):
         return False
     operands = [a for a in node.all_input_nodes if not graphs.is_constant(a)]
     reads = bool(operands) and all(a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands)
-    return reads and any(u.target == qdq.QUANTIZE for u in _past_activation(node).users)
-
-
-def _past_activation(node: Node) -> Node:
-    users = list(node.users)
-    if len(users) == 1 and graphs.kind(users[0]) in ("relu", "clamp"):
-        return users[0]
-    return node
+    return reads and any(u.target == qdq.QUANTIZE for u in after_activation(node).users)
 
 
 def _int8_weights(file: TFLiteFile) -> dict[str, set[str]]:

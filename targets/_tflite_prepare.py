@@ -20,6 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from calibrate import graph as graphs
 from calibrate import qdq
 
+from ._tflite_fence import insert_fences
 from .errors import TargetError
 
 Form = Literal["dynamic", "int8", "float16"]
@@ -47,13 +48,15 @@ class PackedWeight:
 class Prepared:
     """`graph` for litert-torch; `static` when it holds activation Q/DQ; `packed` to be done on the file.
 
-    `codes`: a key (`codes_key`) of every int8 constant that static layers may have.
+    `codes`: a key (`codes_key`) of every int8 constant that static layers may have. `fences`: how
+    many operators `_tflite_fence` put in.
     """
 
     graph: GraphModule
     static: bool
     packed: tuple[PackedWeight, ...]
     codes: frozenset[str]
+    fences: int
 
 
 def codes_key(codes: NDArray[Any]) -> str:
@@ -72,12 +75,13 @@ def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
     _rewrite_average_pools(work, samples)
     _shift_unsigned(work)
     packed += _rewrite_weights(work)
+    static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)
+    fences = insert_fences(work) if static else 0
     graphs.finish(work)
     _label(work)
     for module in work.modules():  # an exported graph refuses .eval(); litert-torch warns when `training` is set
         module.training = False
-    static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)
-    return Prepared(work, static, tuple(packed), frozenset(_constant_codes(work)))
+    return Prepared(work, static, tuple(packed), frozenset(_constant_codes(work)), fences)
 
 
 def _constant_codes(graph: GraphModule) -> Iterator[str]:
@@ -214,11 +218,8 @@ def _rewrite_average_pools(graph: GraphModule, samples: tuple[Tensor, ...]) -> N
                 aten.constant_pad_nd.default, (x, [horizontal, horizontal, vertical, vertical])
             )
             pooled = graph.graph.call_function(aten.avg_pool2d.default, (padded, kernel, stride))
-            # Two signs keep the constant from standing between Q and DQ, where the converter would quantize it.
-            negative = graph.graph.call_function(aten.neg.default, (pooled,))
-            product = graph.graph.call_function(aten.mul.Tensor, (negative, correction))
-            mean = graph.graph.call_function(aten.neg.default, (product,))
-        for new in (padded, pooled, negative, product, mean):
+            mean = graph.graph.call_function(aten.mul.Tensor, (pooled, correction))
+        for new in (padded, pooled, mean):
             new.meta.update(node.meta, layer=graphs.layer_name(node))
         node.replace_all_uses_with(mean)
         graph.graph.erase_node(node)

@@ -1,7 +1,10 @@
 """Runs a .tflite file on LiteRT, or on tflite-runtime where a device has that."""
 
+import contextlib
 import importlib.metadata
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,24 @@ import numpy as np
 
 from calibrate.samples import Array, Batch
 
-from ._tflite_edit import SIGNATURE
+from ._tflite_file import SIGNATURE
 from .errors import MissingRuntime, TargetError
 
 MISSING = "pip install 'tightfit[tflite]'"
+
+
+@contextlib.contextmanager
+def discarded_stderr() -> Iterator[None]:
+    """Throw away what C++ writes to descriptor 2, which no logging setting reaches."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def interpreter_class() -> tuple[Any, str]:
@@ -35,8 +52,9 @@ def load(path: Path, threads: int) -> tuple[Any, str]:
     """An interpreter with its tensors allocated, and its name. Raises TargetError when the file does not load."""
     cls, name = interpreter_class()
     try:
-        interpreter = cls(model_path=str(path), num_threads=threads)
-        interpreter.allocate_tensors()
+        with discarded_stderr():
+            interpreter = cls(model_path=str(path), num_threads=threads)
+            interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise TargetError(f"{name} does not load {path.name}: {str(error).splitlines()[0]}") from error
     return interpreter, name
@@ -109,8 +127,9 @@ def try_once(content: bytes, inputs: Batch) -> None:
     except MissingRuntime:
         return
     try:
-        interpreter = cls(model_content=content, num_threads=1)
-        interpreter.allocate_tensors()
+        with discarded_stderr():
+            interpreter = cls(model_content=content, num_threads=1)
+            interpreter.allocate_tensors()
         details = interpreter.get_signature_runner(SIGNATURE).get_input_details()
         for key, detail in details.items():
             interpreter.set_tensor(detail["index"], _fitted(key, inputs[key], detail))

@@ -1,4 +1,27 @@
-"""TFLite: lowered by litert-torch, run by LiteRT with XNNPACK."""
+"""TFLite: lowered by litert-torch, run by LiteRT with XNNPACK.
+
+Where Q/DQ has to stand so that litert-torch 0.10 makes int8 kernels of it (measured on LiteRT 2.3.0, x86):
+
+- An operator runs in int8 when all its activations come out of a DQ, its weight out of a `dequantize_per_channel`, and
+  its value goes into a Q, with nothing in between but a relu or relu6, which the kernel fuses. No Q between a layer and
+  its activation.
+- Every reader of a quantized value reads the DQ behind it. One float reader of the raw value makes the layer float.
+- An output that stays float (logits too) makes its layer float: it needs Q and DQ; the file dequantizes it at the end.
+- pad, slice, select, reshape, transpose, concat, max_pool, avg_pool, nearest upsampling: Q/DQ behind them with the
+  scale of their input (concat: all inputs and the output share one). Otherwise codes are converted once more.
+- Fixed outputs: sigmoid and softmax scale 1/256, zero point -128; tanh scale 1/128, zero point 0.
+- Biases are rounded to multiples of input scale x weight scale: the kernels hold them as int32.
+- In int8: conv (grouped, depthwise, dilated, 1-d), linear, add, sub, mul, mean, pools, sigmoid, tanh, softmax, gelu,
+  hardswish, leaky_relu, matmul. Not delegated to XNNPACK, so slower: gelu, hardswish, softmax, avg_pool, max_pool with
+  padding, nearest upsampling, matmul of two activations, strided slices.
+- In float whatever stands around them: layer_norm, silu, hardsigmoid, prelu. Not to be quantized: bilinear upsampling,
+  whose int8 kernel is many steps off.
+
+Against the simulation: conv, linear, mul, mean and movement are bit-equal but for values that lie within float32
+rounding of a tie, about one in 10^6, where one step is lost; deep networks carry such a step on (ResNet-20: 6 % of the
+logits are one step off). avg_pool rounds ties away from zero (1 in 8 for 2x2), leaky_relu and matmul multiply in fixed
+point: one step.
+"""
 
 import importlib.util
 from pathlib import Path

@@ -1,0 +1,93 @@
+"""Keeps litert-torch from quantizing what the graph leaves in float.
+
+With static Q/DQ in the graph the converter turns every operator between DQ and Q into an int8 kernel, and quantizes a
+float constant of it with a scale of its own; it also moves Q and DQ through operators whose output keeps the input's
+scale. A layer that a plan keeps in float would so come out in int8, with numbers nobody asked for. A fence is a FLOOR,
+which has no int8 kernel and fuses with nothing, beside such an operator; it is taken out of the file again.
+"""
+
+import torch
+from torch.fx import GraphModule, Node
+
+from calibrate import graph as graphs
+from calibrate import qdq
+
+from ._tflite_file import TFLiteFile
+from .errors import TargetError
+
+FENCE = "tightfit.fence"
+_ARITHMETIC = ("add", "sub", "mul", "div")
+# Operators that keep the scale of their input, yet round.
+_SAME_SCALE = ("avg_pool", "upsample")
+
+
+def insert_fences(graph: GraphModule) -> int:
+    """Put a fence at each operator that is to stay float beside codes; returns how many."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        end = after_activation(node)
+        if has_float_constant(node) and _reaches_codes(end):
+            fence = _fence(graph, end, before=end.next)
+            end.replace_all_uses_with(fence, delete_user_cb=lambda user, fence=fence: user is not fence)
+            count += 1
+        elif _rounds_unasked(node):  # here the DQ in front would be moved behind the operator
+            node.replace_input_with(node.args[0], _fence(graph, node.args[0], before=node))
+            count += 1
+    return count
+
+
+def _fence(graph: GraphModule, value: Node, before: Node) -> Node:
+    with graph.graph.inserting_before(before):
+        fence = graph.graph.call_function(torch.ops.aten.floor.default, (value,))
+    fence.meta["layer"] = FENCE
+    return fence
+
+
+def remove_fences(file: TFLiteFile, count: int) -> None:
+    """Take `count` fences out of the file; raises TargetError where the converter made something else of them."""
+    around: dict[int, int] = {}
+    kept = []
+    for op in file.graph.operators:
+        if file.operator(op) == "FLOOR" and FENCE in file.name(file.outputs(op)[0]):
+            around[file.outputs(op)[0]] = op.inputs[0]
+        else:
+            kept.append(op)
+    if len(around) != count:
+        raise TargetError(
+            f"litert-torch kept {len(around)} of {count} marks around the layers that stay float, so the file is not "
+            "what the plan says; keep the whole model float, or choose another target."
+        )
+    for op in kept:
+        op.inputs = [around.get(i, i) for i in op.inputs]
+    file.graph.operators = kept
+
+
+def after_activation(node: Node) -> Node:
+    """The relu or clamp that alone reads `node`, which a kernel fuses; else `node` itself."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and graphs.kind(users[0]) in ("relu", "clamp") else node
+
+
+def has_float_constant(node: Node) -> bool:
+    """True for an operator on a constant that is not codes: a weight, an operand, a Python number; biases apart."""
+    if node.op != "call_function" or graphs.kind(node) in ("qdq", *graphs.MOVEMENT):
+        return False
+    if graphs.kind(node) in graphs.WEIGHTED:
+        return graphs.is_constant(node.args[1])
+    if graphs.kind(node) in _ARITHMETIC and any(not isinstance(a, Node) for a in node.args[:2]):
+        return True
+    return any(graphs.is_constant(a) for a in node.all_input_nodes)
+
+
+def _rounds_unasked(node: Node) -> bool:
+    return graphs.kind(node) in _SAME_SCALE and any(user.target != qdq.QUANTIZE for user in node.users)
+
+
+def _reaches_codes(node: Node) -> bool:
+    """True when a QUANTIZE reads the node's value, directly or past operators that only move values."""
+    for user in node.users:
+        if user.target == qdq.QUANTIZE:
+            return True
+        if graphs.kind(user) in ("getitem", *graphs.MOVEMENT) and _reaches_codes(user):
+            return True
+    return False
