@@ -223,7 +223,7 @@ def _below_half(value: object) -> bool:
 
 
 def _separate_outputs(graph: Graph) -> None:
-    """Give an output that is an input, a constant or another output's tensor an operator of its own; cast to Core ML's."""
+    """Cast outputs to Core ML's types; one that is an input, a constant or another output gets its own operator."""
     output = graph.output_node()
     seen: set[Node] = set()
     results: list[Node] = []

@@ -48,14 +48,17 @@ def write(model: Any, path: Path, names: dict[str, str]) -> None:
 
 def _fill(model: Any, folder: Path, names: dict[str, str]) -> None:
     data = folder / "Data"
-    (data / WEIGHTS).mkdir(parents=True)
+    (data / MODEL).parent.mkdir(parents=True)
     spec = model.get_spec()
     _settle_metadata(spec, names)
     (data / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     source = Path(model.weights_dir) if model.weights_dir else None
-    for file in sorted(source.iterdir()) if source and source.is_dir() else []:
+    files = sorted(source.iterdir()) if source and source.is_dir() else []
+    if files:
+        (data / WEIGHTS).mkdir()
+    for file in files:
         shutil.copyfile(file, data / WEIGHTS / file.name)
-    (folder / "Manifest.json").write_text(_manifest(), encoding="utf-8")
+    (folder / "Manifest.json").write_text(_manifest(weights=bool(files)), encoding="utf-8")
 
 
 def _settle_metadata(spec: Any, names: dict[str, str]) -> None:
@@ -72,16 +75,18 @@ def stored_names(spec: Any) -> dict[str, str]:
     return dict(json.loads(spec.description.metadata.userDefined.get(_NAMES, "{}")))
 
 
-def _manifest() -> str:
+def _manifest(*, weights: bool) -> str:
     """Manifest.json with item identifiers that follow from their paths."""
-    model, weights = (str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in (MODEL, WEIGHTS))
-    items = {
-        model: ("CoreML Model Specification", "model.mlmodel", MODEL),
-        weights: ("CoreML Model Weights", "weights", WEIGHTS),
-    }
+    items = [(MODEL, "model.mlmodel", "CoreML Model Specification")]
+    if weights:
+        items.append((WEIGHTS, "weights", "CoreML Model Weights"))
     entries = {
-        key: {"author": "com.apple.CoreML", "description": text, "name": name, "path": path}
-        for key, (text, name, path) in items.items()
+        _identifier(path): {"author": "com.apple.CoreML", "description": text, "name": name, "path": path}
+        for path, name, text in items
     }
-    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": model}
+    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": _identifier(MODEL)}
     return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+
+
+def _identifier(path: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper()

@@ -31,18 +31,33 @@ _PACKED = {
     "constexpr_lut_to_dense": "palettized weights",
     "constexpr_sparse_to_dense": "sparse weights",
 }
-_QUANTIZABLE = frozenset(
-    ["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm", "matmul", "bmm", "add", "mul", "mean", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d", "softmax", "layer_norm", "gelu"]
+_MULTIPLYING = frozenset(
+    {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm", "matmul", "bmm"}
 )
+_POOLING = frozenset(
+    {
+        "add",
+        "mean",
+        "avg_pool1d",
+        "avg_pool2d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "max_pool1d",
+        "max_pool2d",
+    }
+)
+_FUSED = frozenset({"relu", "relu6"})
+_RENAMED = "_cast_fp16"  # coremltools' float16 pass appends it to every operator it retypes
 
 
 def placement(path: Path, job: Job) -> Placement:
     """Count the program's operators and name every layer that `job` quantizes but the program computes in float.
 
-    Integer and boolean work (masks, positions) computes nothing a format could speed up and is not counted.
+    Integer and boolean work (masks, positions) computes nothing a format could speed up and is not counted; a relu
+    between an int8 kernel and `quantize` is part of that kernel, since clamping codes is all there is to it.
     """
     operations = [op for op in read_function(path).operations if op.op_type != "const"]
-    computing = [op for op in operations if op.op_type in _COMPUTE and _format(op) is not None]
+    computing = [op for op in operations if op.op_type in _COMPUTE and _format(op) is not None and not _is_fused(op)]
     reasons = {id(op): _why_float(op) for op in computing}
     kinds = Counter(_kind(op, reasons[id(op)] is None) for op in computing)
     int8 = sum(1 for op in computing if reasons[id(op)] is None)
@@ -57,9 +72,19 @@ def placement(path: Path, job: Job) -> Placement:
 
 
 def _names(op: Any) -> Iterator[str]:
-    yield op.name
-    for var in op.outputs:
-        yield var.name
+    """What an operator is called in the file, and what it was called before the float16 pass."""
+    for name in (op.name, *(var.name for var in op.outputs)):
+        yield name
+        yield name.removesuffix(_RENAMED)
+
+
+def _is_fused(op: Any) -> bool:
+    """Whether this is a relu that takes an int8 kernel's only result to `quantize`."""
+    if op.op_type not in _FUSED or op.inputs["x"].op is None:
+        return False
+    maker = op.inputs["x"].op
+    alone = len(maker.outputs[0].child_ops) == 1 and {user.op_type for user in op.outputs[0].child_ops} == {"quantize"}
+    return alone and maker.op_type in INT8_KERNELS and _why_float(maker) is None
 
 
 def _format(op: Any) -> str | None:
@@ -95,10 +120,18 @@ def _why_float(op: Any) -> str | None:
     if op.op_type in ("conv", "linear") and not set(_sources(op, "weight")) & set(_PACKED):
         return "its weights are not int8"
     if op.op_type in _OUTPUT_TOO:
-        users = {user.op_type for user in op.outputs[0].child_ops}
+        users = _users(op)
         if users != {"quantize"}:
             return f"its result is used as float by {', '.join(sorted(users - {'quantize'})) or 'an output'}"
     return None
+
+
+def _users(op: Any) -> set[str]:
+    """The types of the operators that read a result, seen through a relu that is its only reader."""
+    readers = op.outputs[0].child_ops
+    if len(readers) == 1 and readers[0].op_type in _FUSED:
+        readers = readers[0].outputs[0].child_ops
+    return {reader.op_type for reader in readers}
 
 
 def _fallbacks(job: Job, found: dict[str, Any], reasons: dict[int, str | None]) -> Iterator[Fallback]:
@@ -114,17 +147,36 @@ def _fallbacks(job: Job, found: dict[str, Any], reasons: dict[int, str | None]) 
 
 
 def _is_quantized(node: Node) -> bool:
-    """Whether every activation a node reads is statically quantized."""
-    if node.op != "call_function" or node.target.__name__.split(".")[0] not in _QUANTIZABLE:  # type: ignore[union-attr]
+    """Whether the graph wants this layer in int8: dequantized activations in and, where it only adds or averages, out.
+
+    A layer_norm that happens to stand between two quantized layers is not one that was quantized.
+    """
+    if node.op != "call_function":
+        return False
+    kind = getattr(node.target, "__name__", "").split(".")[0]
+    if kind not in _MULTIPLYING | _POOLING:
         return False
     sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
     activations = [source for source in sources if source.target is not qdq.DEQUANTIZE_CHANNEL]
-    return bool(activations) and all(source.target is qdq.DEQUANTIZE for source in activations)
+    if not activations or any(source.target is not qdq.DEQUANTIZE for source in activations):
+        return False
+    return kind in _MULTIPLYING or {user.target for user in _beyond_relu(node)} == {qdq.QUANTIZE}
+
+
+def _beyond_relu(node: Node) -> list[Node]:
+    users = list(node.users)
+    if len(users) == 1 and getattr(users[0].target, "__name__", "").split(".")[0] in _FUSED:
+        users = list(users[0].users)
+    return users
 
 
 def _aliases(node: Node, job: Job) -> Iterator[str]:
-    """The names an operator of this node may bear: its own, or that of the output it is."""
+    """The names an operator of this node may bear: its own, or that of the output it is.
+
+    coremltools numbers a name that is an operator's type: 'linear' becomes 'linear_0'.
+    """
     yield node.name
+    yield f"{node.name}_0"
     results = job.graph.graph.output_node().args[0]
     for result, name in zip(results if isinstance(results, list | tuple) else (results,), job.outputs, strict=True):
         if result is node:

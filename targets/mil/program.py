@@ -61,6 +61,12 @@ class Step:
             values[slot] = None
 
 
+def _array(value: Tensor | None) -> np.ndarray:
+    """A copy: an output may share memory with a constant."""
+    assert value is not None, "an output's slot is never released"
+    return value.numpy().copy()
+
+
 def _typed(output: Tensor, value: Value, operator: str) -> Tensor:
     """The result in its declared type, rounded to float16 where declared so. Raises TargetError on another shape."""
     if tuple(output.shape) != value.shape:
@@ -122,7 +128,7 @@ class Program:
             values[slot] = tensor
         for step in self._steps:
             step.run(values)
-        return {name: np.array(values[slot]) for name, slot in self._exit.items()}
+        return {name: _array(values[slot]) for name, slot in self._exit.items()}
 
     def _new(self, var: Any, constant: Tensor | None = None) -> int:
         self._slots[var] = len(self._initial)

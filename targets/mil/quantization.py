@@ -19,9 +19,14 @@ def quantize(
     zero_point: Tensor | int | None = None,
     axis: int | None = None,
 ) -> Tensor:
-    """clip(round(input / scale) + zero_point), ties to even, saturated to the type."""
+    """clip(round(input / scale) + zero_point), ties to even, saturated to the type.
+
+    MIL's documentation writes the division and no precision. Here it is a product with the rounded reciprocal, as in
+    torch's quantize_per_tensor, so that a program and its simulation agree to the bit; a true division may give the
+    neighbouring code where the quotient lies within one rounding error of a tie.
+    """
     low, high = _RANGE[output_dtype]
-    codes = torch.round(input / along(scale, axis, input.ndim))
+    codes = torch.round(input * (1.0 / along(scale, axis, input.ndim)))
     if zero_point is not None:
         codes = codes + along(zero_point, axis, input.ndim)
     return codes.clamp(low, high).to(torch_dtype(output_dtype))

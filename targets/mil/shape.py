@@ -1,7 +1,7 @@
 """MIL's operators that move data without computing: reshapes, slices, blocks of space and depth."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .values import axes_of, ints
 
-Ints = Tensor | Sequence[int]
+Ints: TypeAlias = Tensor | Sequence[int]
 
 
 def reshape(x: Tensor, shape: Ints) -> Tensor:

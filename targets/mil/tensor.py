@@ -1,7 +1,7 @@
 """MIL's operators that make, join, split, repeat, mask and pad tensors."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from targets.errors import TargetError
 
 from .values import ints, torch_dtype
 
-Ints = Tensor | Sequence[int]
+Ints: TypeAlias = Tensor | Sequence[int]
 
 
 def concat(values: Sequence[Tensor], axis: int, interleave: bool = False) -> Tensor:

@@ -65,8 +65,10 @@ def axes_of(axes: Sequence[int] | None, rank: int) -> tuple[int, ...]:
     return tuple(range(rank)) if axes is None else tuple(sorted(a % rank for a in axes))
 
 
-def along(vector: Tensor | float, axis: int | None, rank: int) -> Tensor | float:
+def along(vector: Tensor | Sequence[float] | float, axis: int | None, rank: int) -> Tensor | float:
     """A vector reshaped to broadcast along `axis` of a tensor of `rank`; scalars stay as they are."""
+    if isinstance(vector, Sequence):
+        vector = torch.tensor(vector)
     if not isinstance(vector, Tensor) or vector.ndim != 1 or axis is None:
         return vector
     shape = [1] * rank
