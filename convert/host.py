@@ -5,6 +5,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from .report.schema import Environment
+
 PACKAGES = (
     "tightfit",
     "torch",
@@ -55,6 +57,11 @@ def versions() -> dict[str, str]:
 def system() -> str:
     """Operating system, release and architecture."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def environment() -> Environment:
+    """All of this, as the report has it."""
+    return Environment(python=platform.python_version(), packages=versions(), os=system(), cpu=cpu_name())
 
 
 def _cpuinfo(path: Path) -> dict[str, str]:
