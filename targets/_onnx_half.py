@@ -8,29 +8,29 @@ one integer kernel, stay float32 with their float32 scales (a float16 scale woul
 import numpy as np
 import onnx_ir as ir
 
-from ._onnx_passes import constant, new_constant
+from ._onnx_graph import Array, constant, new_constant, new_node
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LARGEST = float(np.finfo(np.float16).max)
+SATURATED = "saturated"
 KEEPS_FLOAT = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"))
 FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,), "Range": (0, 1, 2)}
 """Operators with inputs that stay float32 whatever the data is: scales and regions."""
 
 
-def in_float16(model: ir.Model) -> int:
-    """Rewrite the model in place; returns how many constants held values beyond float16 (-inf and -3.4e38 of
-    attention masks, mostly), which now hold float16's largest magnitude instead."""
-    return _Halves(model.graph).run()
+def in_float16(model: ir.Model) -> None:
+    """Rewrite the model in place. A constant with values beyond float16 (-inf and -3.4e38 of attention masks, mostly)
+    takes float16's largest magnitude instead, and says so in its name."""
+    _Halves(model.graph).run()
 
 
 class _Halves:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.clamped = 0
         self.halved = {node for node in graph if not _between_codes(node)}
 
-    def run(self) -> int:
+    def run(self) -> None:
         nodes = list(self.graph)
         types = {v: v.dtype for node in nodes for v in node.outputs}
         for node in nodes:
@@ -43,7 +43,6 @@ class _Halves:
             if wanted == HALF:
                 _retype(node)
         self._restore_outputs()
-        return self.clamped
 
     def _feed(self, node: ir.Node, index: int, value: ir.Value, wanted: ir.DataType) -> None:
         if node.op_type == "Cast" or value.dtype == wanted:
@@ -56,17 +55,18 @@ class _Halves:
     def _converted(self, node: ir.Node, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         array = constant(value)
         if array is not None:
-            return new_constant(self.graph, f"{value.name}_{wanted.name.lower()}", self._cast(array, wanted))
-        cast = ir.node("Cast", [value], attributes={"to": wanted}, metadata_props=dict(node.metadata_props))
+            return self._converted_constant(f"{value.name}_{wanted.name.lower()}", array, wanted)
+        cast = new_node(node, "Cast", [value], to=wanted)
         cast.outputs[0].dtype, cast.outputs[0].shape = wanted, value.shape
         self.graph.insert_before(node, cast)
         return cast.outputs[0]
 
-    def _cast(self, array: np.ndarray, wanted: ir.DataType) -> np.ndarray:
+    def _converted_constant(self, name: str, array: Array, wanted: ir.DataType) -> ir.Value:
         if wanted == FLOAT:
-            return array.astype(np.float32)
-        self.clamped += bool(np.any(np.abs(array) > LARGEST))
-        return np.clip(array, -LARGEST, LARGEST).astype(np.float16)
+            return new_constant(self.graph, name, array.astype(np.float32))
+        beyond = bool(np.any(np.abs(array) > LARGEST))
+        half = np.clip(array, -LARGEST, LARGEST).astype(np.float16)
+        return new_constant(self.graph, f"{name}_{SATURATED}" if beyond else name, half)
 
     def _restore_outputs(self) -> None:
         for index, output in enumerate(self.graph.outputs):

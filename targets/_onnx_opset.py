@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnxscript import version_converter
 
 from ._onnx_export import EXPORT_OPSET
-from ._onnx_passes import constant, new_constant, replace
+from ._onnx_graph import constant, new_constant, new_node, replace, source, static_shape
 from .errors import TargetError
 
 OLDEST = 13
@@ -67,7 +67,7 @@ def _split_by_sizes(graph: ir.Graph, node: ir.Node) -> None:
     count = node.attributes.get_int("num_outputs", 0)
     if not count:
         return
-    x, axis = node.inputs[0], node.attributes.get_int("axis", 0)
+    x, axis = source(node, 0), node.attributes.get_int("axis", 0)
     length = _length(x, axis, node)
     each = -(-length // count)
     sizes = [min(each, length - i * each) for i in range(count)]
@@ -76,34 +76,35 @@ def _split_by_sizes(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(1, new_constant(graph, f"{node.name}_sizes", np.array(sizes, np.int64)))
 
 
-def _length(x: ir.Value | None, axis: int, node: ir.Node) -> int:
-    if x is None or x.shape is None or not isinstance(x.shape[axis], int):
+def _length(x: ir.Value, axis: int, node: ir.Node) -> int:
+    shape = static_shape(x)
+    if shape is None:
         raise TargetError(f"the length that '{node.name}' works on is unknown; it needs opset {EXPORT_OPSET}")
-    return int(x.shape[axis])
+    return shape[axis]
 
 
 def _normalization_by_parts(graph: ir.Graph, node: ir.Node) -> None:
     """LayerNormalization of opset 17 becomes means, a square root and a division, by its definition."""
-    x, weight, *rest = node.inputs
+    x, weight = source(node, 0), source(node, 1)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     axis = node.attributes.get_int("axis", -1)
-    if axis >= 0:
-        axis -= len(x.shape) if x is not None and x.shape is not None else _length(None, axis, node)
-    axes = [ir.AttrInt64s("axes", list(range(axis, 0))), ir.AttrInt64("keepdims", 1)]
+    if x.shape is None:
+        raise TargetError(f"the axes that '{node.name}' normalizes are unknown; it needs opset 17")
+    axes = list(range(axis if axis < 0 else axis - len(x.shape), 0))
     made: list[ir.Node] = []
 
-    def add(op_type: str, *inputs: ir.Value, attributes: list[ir.Attr] | None = None) -> ir.Value:
-        new = ir.Node("", op_type, inputs, attributes or (), metadata_props=dict(node.metadata_props))
-        new.outputs[0].dtype = x.dtype
-        made.append(new)
-        return new.outputs[0]
+    def add(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        made.append(new_node(node, op_type, list(inputs), **attributes))
+        made[-1].outputs[0].type = x.type
+        return made[-1].outputs[0]
 
     epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), np.float32)
-    centred = add("Sub", x, add("ReduceMean", x, attributes=axes))
-    variance = add("ReduceMean", add("Mul", centred, centred), attributes=axes)
+    centred = add("Sub", x, add("ReduceMean", x, axes=axes, keepdims=1))
+    variance = add("ReduceMean", add("Mul", centred, centred), axes=axes, keepdims=1)
     deviation = add("Sqrt", add("Add", variance, new_constant(graph, f"{node.name}_epsilon", epsilon)))
     y = add("Mul", add("Div", centred, deviation), weight)
-    if rest and rest[0] is not None:
-        add("Add", y, rest[0])
+    if bias is not None:
+        add("Add", y, bias)
     for new in made[:-1]:
         graph.insert_before(node, new)
     replace(graph, node, made[-1])

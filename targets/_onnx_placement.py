@@ -20,11 +20,9 @@ CONVERSIONS = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeL
 INTEGER = frozenset(("QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger"))
 ON_CODES = frozenset(("MaxPool", "Clip", "Max", "Min"))
 """Operators that compute on codes where they get codes, and on floats otherwise."""
-MOVES = frozenset(
+MOVEMENT = frozenset(
     [
         "Concat",
-        "Constant",
-        "ConstantOfShape",
         "DepthToSpace",
         "Expand",
         "Flatten",
@@ -33,10 +31,11 @@ MOVES = frozenset(
         "GatherND",
         "Identity",
         "Pad",
+        "ReorderInput",
+        "ReorderOutput",
         "Reshape",
         "ScatterElements",
         "ScatterND",
-        "Shape",
         "Slice",
         "SpaceToDepth",
         "Split",
@@ -45,20 +44,13 @@ MOVES = frozenset(
         "Transpose",
         "Unsqueeze",
         "Where",
-        "Equal",
-        "Not",
-        "And",
-        "Or",
-        "Less",
-        "LessOrEqual",
-        "Greater",
-        "GreaterOrEqual",
-        "Range",
-        "Size",
-        "ReorderInput",
-        "ReorderOutput",
     ]
 )
+LOGIC = frozenset(
+    "And Constant ConstantOfShape Equal Greater GreaterOrEqual Less LessOrEqual Not Or Range Shape Size".split()  # noqa: SIM905
+)
+"""Shapes, masks and indices: no arithmetic on the model's values."""
+MOVES = MOVEMENT | LOGIC
 EDGE_KINDS = frozenset(("add", "sub", "mul", "mean", "avg_pool", "cat", "sigmoid", "softmax", "leaky_relu"))
 """Kinds whose integer kernel reads and writes codes."""
 
@@ -174,7 +166,7 @@ def _is_quantized(node: torch.fx.Node) -> bool:
 def _operands(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """The tensors that the operator multiplies, adds or pools: not biases, not shapes."""
     if kind(node) == "cat":
-        yield from node.args[0]  # type: ignore[misc]
+        yield from node.args[0]
         return
     limit = 2 if kind(node) in ("conv", "linear", "matmul", "add", "sub", "mul") else 1
     for operand in node.args[:limit]:

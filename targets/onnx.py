@@ -48,6 +48,7 @@ class OnnxTarget:
 
 def build(job: Job) -> "ir.Model":
     """The finished model of `job`, in memory."""
+    from . import _onnx_int8 as int8
     from . import _onnx_passes as passes
     from ._onnx_export import export
     from ._onnx_half import in_float16
@@ -55,15 +56,17 @@ def build(job: Job) -> "ir.Model":
 
     model = export(job)
     passes.constants_are_folded(model)
-    passes.weight_codes_are_stored_transposed(model)
+    int8.weight_codes_are_stored_transposed(model)
     if job.rules.runtime != "tensorrt":
-        passes.means_are_pools(model)
-        passes.pads_run_on_codes(model)
-        passes.biases_are_codes(model)
+        int8.means_are_pools(model)
+        int8.pads_run_on_codes(model)
+        int8.biases_are_codes(model)
     at_opset(model, job.rules.opset)
     if job.compute == "float16":
         in_float16(model)
     passes.constants_are_folded(model)
+    if job.rules.runtime != "tensorrt":
+        int8.lone_weight_codes_are_multiplied(model)
     passes.nodes_bear_layer_names(model)
     passes.nothing_machine_specific_is_kept(model)
     return model
@@ -71,10 +74,15 @@ def build(job: Job) -> "ir.Model":
 
 def write(model: "ir.Model", path: Path) -> None:
     """Write the model to `path`, as one file where it fits."""
+    import onnx
     import onnx_ir as ir
 
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > SINGLE_FILE_LIMIT else None)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # the shapes of constants, said twice
+    onnx.save_model(
+        proto, path, save_as_external_data=size > SINGLE_FILE_LIMIT, location=f"{path.name}.data", size_threshold=1024
+    )
 
 
 TARGET = OnnxTarget()

@@ -1,0 +1,160 @@
+"""The forms of Q/DQ that ONNX Runtime 1.31 fuses into integer kernels, numbers unchanged.
+
+Each function is named for what is true after it.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ._onnx_graph import Array, constant, new_constant, new_node, producer, replace, source, static_shape
+
+INT32_MAX = 2**31 - 1
+BIAS_TOLERANCE = 4 * float(np.finfo(np.float32).eps)
+"""A float32 bias that is a multiple of its step carries the rounding of two products and a division."""
+
+
+def weight_codes_are_stored_transposed(model: ir.Model) -> None:
+    """Transpose(Dequantize(codes (out, in), axis 0)) becomes Dequantize(codes (in, out), axis 1)."""
+    for node in list(model.graph):
+        dequantize = producer(node.inputs[0], "DequantizeLinear") if node.op_type == "Transpose" else None
+        codes = constant(dequantize.inputs[0]) if dequantize is not None else None
+        if dequantize is None or codes is None or codes.ndim != 2:
+            continue
+        stored = new_constant(model.graph, f"{source(dequantize, 0).name}_t", codes.T)
+        replace(model.graph, node, new_node(node, "DequantizeLinear", [stored, *dequantize.inputs[1:]], axis=1))
+
+
+def biases_are_codes(model: ir.Model) -> None:
+    """The float bias of an int8 Conv or Gemm becomes int32 codes with scale = input scale x weight scale.
+
+    Only where the codes give the bias back to within float32 rounding: a bias that is no multiple of the step stays
+    float, because rounding it here would be a number the simulation never saw.
+    """
+    for node in list(model.graph):
+        step = _accumulator_step(node) if node.op_type in ("Conv", "Gemm") else None
+        if step is None:
+            continue
+        has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
+        bias = constant(node.inputs[2]) if has_bias else np.zeros(step.shape, np.float32)
+        codes = None if bias is None else bias_codes(bias, step)
+        if codes is None:
+            continue
+        name = f"{source(node, 1).name}_bias"
+        inputs: list[ir.Value | None] = [
+            new_constant(model.graph, f"{name}_codes", codes),
+            new_constant(model.graph, f"{name}_scale", step),
+            new_constant(model.graph, f"{name}_zero", np.zeros(step.shape, np.int32)),
+        ]
+        dequantize = new_node(node, "DequantizeLinear", inputs, axis=0)
+        model.graph.insert_before(node, dequantize)
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def _accumulator_step(node: ir.Node) -> NDArray[np.float32] | None:
+    """float32 [out]: what one unit of the integer accumulator is worth; None where the node isn't int8."""
+    x, w = producer(node.inputs[0], "DequantizeLinear"), producer(node.inputs[1], "DequantizeLinear")
+    if x is None:  # a linear of three axes: its input is reshaped to rows first
+        rows = producer(node.inputs[0], "Reshape")
+        x = producer(rows.inputs[0], "DequantizeLinear") if rows is not None else None
+    if x is None or w is None or constant(w.inputs[0]) is None:
+        return None
+    x_scale, w_scale = constant(x.inputs[1]), constant(w.inputs[1])
+    if x_scale is None or w_scale is None or w_scale.ndim != 1:
+        return None
+    return np.asarray(x_scale.astype(np.float32) * w_scale.astype(np.float32), np.float32)
+
+
+def bias_codes(bias: Array, step: NDArray[np.float32]) -> NDArray[np.int32] | None:
+    """int32 codes with codes * step == bias to float32 rounding, or None where there are none."""
+    wanted = bias.astype(np.float64)
+    codes = np.rint(wanted / step)
+    if not np.all(np.isfinite(codes)) or np.any(np.abs(codes) > INT32_MAX):
+        return None
+    if np.any(np.abs(codes * step.astype(np.float64) - wanted) > BIAS_TOLERANCE * np.abs(wanted)):
+        return None
+    return codes.astype(np.int32)
+
+
+def means_are_pools(model: ir.Model) -> None:
+    """ReduceMean over H and W of dequantized codes becomes GlobalAveragePool, which has an integer kernel."""
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or producer(node.inputs[0], "DequantizeLinear") is None:
+            continue
+        x, shape = source(node, 0), static_shape(node.inputs[0])
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if shape is None or len(shape) != 4 or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+            continue
+        pool = new_node(node, "GlobalAveragePool", [x])
+        if node.attributes.get_int("keepdims", 1):
+            replace(model.graph, node, pool)
+            continue
+        pool.outputs[0].shape, pool.outputs[0].type = ir.Shape([*shape[:2], 1, 1]), x.type
+        model.graph.insert_before(node, pool)
+        flat = new_constant(model.graph, f"{node.name}_shape", np.array(shape[:2], np.int64))
+        replace(model.graph, node, new_node(node, "Reshape", [pool.outputs[0], flat]))
+
+
+def pads_run_on_codes(model: ir.Model) -> None:
+    """Dequantize, Pad(constant), Quantize with the same parameters becomes Pad of the codes with the constant's code.
+
+    The same numbers, since Quantize works element by element. ONNX Runtime moves codes through Slice, Reshape,
+    Transpose and MaxPool by itself, but not through Pad.
+    """
+    for node in list(model.graph):
+        pad = producer(node.inputs[0], "Pad") if node.op_type == "QuantizeLinear" else None
+        before = producer(pad.inputs[0], "DequantizeLinear") if pad is not None else None
+        if pad is None or before is None or pad.attributes.get_string("mode", "constant") != "constant":
+            continue
+        if len(pad.outputs[0].uses()) != 1 or not _same_parameters(before, node):
+            continue
+        has_fill = len(pad.inputs) > 2 and pad.inputs[2] is not None
+        fill = constant(pad.inputs[2]) if has_fill else np.zeros((), np.float32)
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+        if scale is None or zero is None or fill is None:
+            continue
+        limits = np.iinfo(zero.dtype)
+        code = np.clip(np.rint(fill / scale) + zero.astype(np.float32), limits.min, limits.max).astype(zero.dtype)
+        value = new_constant(model.graph, f"{pad.name}_code", code)
+        inputs = [before.inputs[0], pad.inputs[1], value, *pad.inputs[3:]]
+        replace(model.graph, node, new_node(pad, "Pad", inputs, mode="constant"))
+
+
+def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
+    pairs = [(constant(x), constant(y)) for x, y in zip(a.inputs[1:3], b.inputs[1:3], strict=True)]
+    return all(x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def lone_weight_codes_are_multiplied(model: ir.Model) -> None:
+    """Dequantize(weight codes) beside a float activation becomes Cast(codes) * scales: int8 on disk, folded at load.
+
+    ONNX Runtime 1.31 fuses a lone Dequantize and MatMul to MatMulNBits at accuracy level 4, which quantizes the
+    activation too (errors of 1 % where the graph has none), and elsewhere dequantizes anew in every run.
+    """
+    for node in list(model.graph):
+        codes = constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
+        if (
+            codes is None
+            or codes.dtype != np.int8
+            or any(_is_fused(user.node, node) for user in node.outputs[0].uses())
+        ):
+            continue
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if scale is None or (zero is not None and np.any(zero != 0)):
+            continue
+        shape = [1] * codes.ndim
+        if scale.ndim:
+            shape[node.attributes.get_int("axis", 1)] = -1
+        scales = new_constant(model.graph, f"{source(node, 0).name}_scale", scale.reshape(shape))
+        cast = new_node(node, "Cast", [source(node, 0)], to=ir.DataType.from_numpy(scale.dtype))
+        model.graph.insert_before(node, cast)
+        replace(model.graph, node, new_node(node, "Mul", [cast.outputs[0], scales]))
+
+
+def _is_fused(reader: ir.Node, weight: ir.Node) -> bool:
+    """True where the reader's activation carries codes as its weight does."""
+    rows = producer(reader.inputs[0], "Reshape") if reader.op_type == "Gemm" else None
+    x = producer(reader.inputs[0] if rows is None else rows.inputs[0], "DequantizeLinear")
+    return x is not None and x is not weight
