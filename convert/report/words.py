@@ -1,8 +1,6 @@
 """Numbers and verdicts in words, the same in every view."""
 
-from collections.abc import Iterable
-
-from .schema import Accuracy, Calibration, Latency, Report, Result, Signal
+from .schema import Accuracy, Latency, Report, Result, Signal
 
 
 def sqnr(signal: Signal) -> str:
@@ -75,31 +73,6 @@ def verdict(report: Report) -> str:
     if unjudged:
         return f"{total - unjudged} of {total} {noun} passed every gate; no gate was set for the rest"
     return f"{'The' if total == 1 else 'All'} {'' if total == 1 else f'{total} '}{noun} passed every gate"
-
-
-def derive_warnings(calibration: Calibration, results: Iterable[Result]) -> tuple[str, ...]:
-    """What a reader must know before any number, drawn from the numbers themselves."""
-    found = []
-    if calibration.synthetic:
-        found.append("Calibrated on synthetic data: drift and accuracy say nothing about real inputs.")
-    for result in results:
-        found += [f"{result.subject}: {text}" for text in _warnings(result)]
-    return tuple(found)
-
-
-def _warnings(result: Result) -> list[str]:
-    texts = []
-    if not result.match.within_one_step:
-        texts.append(f"the artifact does not compute what its simulation does: {result.match.reason}")
-    undefined = result.drift.artifact.undefined
-    if undefined:
-        texts.append(f"the drift of the artifact is undefined: {undefined}")
-    texts += list(result.latency.warnings) if result.latency else [f"no latency: {result.latency_note}"]
-    fallbacks = len(result.placement.fallbacks)
-    if fallbacks:
-        noun = "operator does" if fallbacks == 1 else "operators do"
-        texts.append(f"{fallbacks} {noun} not run as wanted")
-    return texts
 
 
 def _three_digits(value: float) -> str:

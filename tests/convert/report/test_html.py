@@ -11,7 +11,10 @@ from made_reports import latency, report, result, stage
 from PIL import Image
 
 from convert.report.html import by_reason, html
+from convert.report.markdown import markdown
 from convert.report.schema import Report, Result
+from convert.report.store import read_report
+from convert.report.views import write_views
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install -y chromium")
@@ -47,7 +50,9 @@ def slow_and_unmeasured() -> Report:
     slow = result(
         device="jetson-orin-nano",
         target="onnx",
-        latency=latency(p50_ms=1.62, speedup=0.834, ratio_interval=[0.7, 0.95], stable=False),
+        latency=latency(
+            p50_ms=1.62, speedup=0.834, ratio_interval=[0.7, 0.95], stable=False, warnings=["unstable timing: too wide"]
+        ),
         gates=[{"gate": "min_speedup", "limit": 1, "value": 0.834, "passed": False, "reason": "wanted at least 1"}],
     )
     unmeasured = result(
@@ -71,7 +76,7 @@ def test_slower_than_float_is_a_failure_in_red_and_in_words() -> None:
     assert '<span class="bad-text">✕ 0.83x, slower</span>' in page
     text = Text(page).text
     assert "Slower than float" in text
-    assert "Too unstable to compare" in text
+    assert "Too unstable to compare (unstable timing: too wide)" in text
     assert "✕ 1 of 2 artifacts failed: jetson-orin-nano/onnx" in text
 
 
@@ -110,6 +115,14 @@ def test_foreign_text_is_escaped_everywhere() -> None:
     page = html(report(made, model={"name": evil, "parameters": 1, "fingerprint": evil}, command=evil, warnings=[evil]))
     assert not [tag for tag, _ in Text(page).tags if tag == "script"]
     assert "&lt;script&gt;" in page
+
+
+def test_the_report_and_both_views_are_written(tmp_path: Path) -> None:
+    write_views(report(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert read_report(tmp_path / "report.json") == report()
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html(report())
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == markdown(report())
 
 
 def test_the_page_loads_nothing_from_anywhere() -> None:

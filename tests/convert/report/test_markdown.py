@@ -2,7 +2,9 @@
 
 from made_reports import latency, report, result
 
-from convert.report.markdown import COMMENT_LIMIT, gates_markdown, markdown
+from convert.report.comment import COMMENT_LIMIT
+from convert.report.gates_markdown import gates_markdown
+from convert.report.markdown import markdown
 from convert.report.schema import GateResult
 
 FAILED = {"gate": "min_speedup", "limit": 1.0, "value": 0.8, "passed": False, "reason": "0.8, wanted at least 1"}

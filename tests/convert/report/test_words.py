@@ -1,7 +1,7 @@
 """Numbers in words."""
 
 import pytest
-from made_reports import latency, report, result, stage
+from made_reports import latency
 
 from convert.report import words
 from convert.report.schema import Accuracy, Latency
@@ -30,26 +30,3 @@ def test_slower_is_called_slower() -> None:
     slow = Latency.model_validate(latency(speedup=0.834, ratio_interval=[0.8, 0.9]))
     assert words.speed(slow) == "0.83x, slower"
     assert words.speed(None) == "not measured"
-
-
-def test_warnings_come_from_the_numbers() -> None:
-    nan = {"stages": [stage("artifact", float("nan"), cosine=None, max_abs=None)]}
-    quiet = {**result()["placement"], "fallbacks": []}
-    results = [
-        result(latency=latency(warnings=["slower than float: 0.8x"])),
-        result(target="coreml", latency=None, latency_note="no Core ML here", placement=quiet, drift=nan),
-    ]
-    calibration = {"samples": 8, "fingerprint": "0", "synthetic": True}
-    made = report(*results, calibration=calibration)
-    assert list(words.derive_warnings(made.calibration, made.results)) == [
-        "Calibrated on synthetic data: drift and accuracy say nothing about real inputs.",
-        "raspberry-pi-4b/tflite: slower than float: 0.8x",
-        "raspberry-pi-4b/tflite: 1 operator does not run as wanted",
-        "raspberry-pi-4b/coreml: the drift of the artifact is undefined: the values compared are not all finite",
-        "raspberry-pi-4b/coreml: no latency: no Core ML here",
-    ]
-
-
-def test_a_clean_report_has_no_warnings() -> None:
-    made = report(result(placement={**result()["placement"], "fallbacks": []}))
-    assert words.derive_warnings(made.calibration, made.results) == ()
