@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from calibrate import qdq
+from calibrate.graph import layer_name
 
 from . import Job
 from ._coreml_graph import interface_dtype, prepare
@@ -44,7 +45,7 @@ def convert(job: Job, inputs: list[str], outputs: list[str]) -> Any:
                 skip_model_load=True,
             )
     except Exception as error:
-        raise TargetError(_explanation(error)) from error
+        raise TargetError(_explanation(error, job)) from error
 
 
 def deployment_target(ct: Any, job: Job) -> Any:
@@ -82,7 +83,7 @@ def _numpy(dtype: torch.dtype) -> type:
     return np.float32 if interface_dtype(dtype) is torch.float32 else np.int32
 
 
-def _explanation(error: Exception) -> str:
+def _explanation(error: Exception, job: Job) -> str:
     """What coremltools could not convert: the layer and the operator, found in the frames of its traceback."""
     node = _failed_node(error.__traceback__)
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -93,7 +94,8 @@ def _explanation(error: Exception) -> str:
     if node is None:
         return f"coremltools cannot convert this graph: {cause}; {advice}"
     name, operator = node
-    return f"coremltools cannot convert layer '{name}' (operator {operator}): {cause}; {advice}"
+    layers = {n.name: layer_name(n) for n in job.graph.graph.nodes}
+    return f"coremltools cannot convert layer '{layers.get(name, name)}' (operator {operator}): {cause}; {advice}"
 
 
 def _failed_node(traceback: TracebackType | None) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from calibrate import qdq
+from calibrate.graph import add_constant, constant, layer_name
 
 from . import Job
 from .errors import TargetError
@@ -72,7 +73,7 @@ def _refuse(job: Job) -> None:
     for node in job.graph.graph.nodes:
         if node.target in _DYNAMIC:
             raise TargetError(
-                f"layer '{node.name}' is quantized dynamically, which Core ML cannot do; "
+                f"layer '{layer_name(node)}' is quantized dynamically, which Core ML cannot do; "
                 "use the recipe int8-weights (or int8) for this device"
             )
         if node.target is qdq.QUANTIZE:
@@ -153,13 +154,12 @@ def _tensor_where(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target not in _WHERE:
             continue
-        condition, *branches = node.args
         dtype = node.meta["val"].dtype
-        with module.graph.inserting_before(node):
-            node.args = (
-                condition,
-                *(b if isinstance(b, Node) else constant(module, torch.tensor(b, dtype=dtype)) for b in branches),
-            )
+        branches = (
+            b if isinstance(b, Node) else add_constant(module, "branch", torch.tensor(b, dtype=dtype), node)
+            for b in node.args[1:]
+        )
+        node.args = (node.args[0], *branches)
         node.target = aten.where.self
 
 
@@ -170,31 +170,30 @@ def _mark_half_weights(module: GraphModule, half: bool) -> None:
     for node in module.graph.nodes:
         if node.target not in (aten.to.dtype, aten._to_copy.default) or node.args[0].op != "get_attr":
             continue
-        weight = attribute(module, node.args[0])
+        weight = constant(module, node.args[0])
         if weight.dtype == torch.float16 and node.meta["val"].dtype == torch.float32 and weight.ndim:
             node.target, node.args, node.kwargs = HALF_WEIGHT, (node.args[0],), {}
 
 
 def _fold(module: GraphModule) -> None:
     """Compute now what depends on no input: masks, positions, ranges; never the unpacking of weights."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target in _KEPT or node.target is HALF_WEIGHT:
+    for node in list(module.graph.nodes):
+        if not _is_foldable(node):
             continue
-        if any(source.op != "get_attr" for source in node.all_input_nodes) or _is_tuple(node):
-            continue
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
-            continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: attribute(module, n))
-        with torch.no_grad(), graph.inserting_before(node):
-            folded = constant(module, node.target(*args, **kwargs).contiguous())
-        folded.meta = dict(node.meta)
-        node.replace_all_uses_with(folded)
-        graph.erase_node(node)
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: constant(module, n))
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)
+        node.replace_all_uses_with(add_constant(module, "folded", value, node))
+        module.graph.erase_node(node)
 
 
-def _is_tuple(node: Node) -> bool:
-    return not isinstance(node.meta.get("val"), Tensor)
+def _is_foldable(node: Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target in _KEPT or node.target is HALF_WEIGHT or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
+    one_tensor = isinstance(node.meta.get("val"), Tensor)
+    return one_tensor and all(source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def finite_masks(module: GraphModule) -> None:
@@ -205,12 +204,10 @@ def finite_masks(module: GraphModule) -> None:
     """
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
-            value = attribute(module, node)
+            value = constant(module, node)
             if value.is_floating_point() and bool((value < -HALF_MAX).any()):
-                with module.graph.inserting_before(node):
-                    finite = constant(module, torch.where(value < -HALF_MAX, MASKED, value))
-                finite.meta = dict(node.meta)
-                node.replace_all_uses_with(finite)
+                finite = torch.where(value < -HALF_MAX, MASKED, value)
+                node.replace_all_uses_with(add_constant(module, "finite_mask", finite, node))
         elif node.op == "call_function" and node.target not in _CLAMPS:
             node.args = tuple(MASKED if _below_half(a) else a for a in node.args)
 
@@ -233,7 +230,7 @@ def _separate_outputs(graph: Graph) -> None:
             if dtype not in (torch.int64, interface_dtype(dtype)):
                 node = graph.call_function(aten._to_copy.default, (node,), {"dtype": interface_dtype(dtype)})
             elif node in seen or node.op != "call_function":
-                node = graph.call_function(aten.clone.default, (node,))
+                node = graph.call_function(aten.mul.Tensor, (node, 1))  # a clone would be seen through
         seen.add(node)
         results.append(node)
     output.args = (tuple(results),)
@@ -245,26 +242,6 @@ def _flat(value: object) -> Iterator[Node]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _flat(item)
-
-
-def attribute(module: GraphModule, node: Node) -> Tensor:
-    """The tensor that a get_attr node reads."""
-    owner: object = module
-    for part in str(node.target).split("."):
-        owner = getattr(owner, part)
-    if not isinstance(owner, Tensor):
-        raise TargetError(f"'{node.target}' is no tensor")
-    return owner.detach()
-
-
-def constant(module: GraphModule, value: Tensor) -> Node:
-    """A new constant of the graph, at its insertion point."""
-    index = sum(1 for name, _ in module.named_buffers(recurse=False) if name.startswith("folded_"))
-    name = f"folded_{index}"
-    module.register_buffer(name, value.detach().clone())
-    node = module.graph.get_attr(name)
-    node.meta["val"] = value
-    return node
 
 
 def _decomposed(

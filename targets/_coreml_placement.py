@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from calibrate import qdq
+from calibrate.graph import kind, layer_name
 
 from . import Fallback, Job, Placement
 from .mil import activation, conv, elementwise, linear, norm, pool, recurrent, reduction, resize
@@ -31,21 +32,7 @@ _PACKED = {
     "constexpr_lut_to_dense": "palettized weights",
     "constexpr_sparse_to_dense": "sparse weights",
 }
-_MULTIPLYING = frozenset(
-    {"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "linear", "addmm", "matmul", "bmm"}
-)
-_POOLING = frozenset(
-    {
-        "add",
-        "mean",
-        "avg_pool1d",
-        "avg_pool2d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "max_pool1d",
-        "max_pool2d",
-    }
-)
+MULTIPLYING = frozenset({"conv", "conv_transpose", "linear", "matmul"})
 _FUSED = frozenset({"relu", "relu6"})
 _RENAMED = "_cast_fp16"  # coremltools' float16 pass appends it to every operator it retypes
 
@@ -137,37 +124,33 @@ def _users(op: Any) -> set[str]:
 def _fallbacks(job: Job, found: dict[str, Any], reasons: dict[int, str | None]) -> Iterator[Fallback]:
     """The layers that the graph quantizes on both sides of their kernel, and that did not come out in int8."""
     for node in job.graph.graph.nodes:
-        if not _is_quantized(node):
+        if not _is_quantized(node, job):
             continue
         op = next((found[name] for name in _aliases(node, job) if name in found), None)
         if op is None:
-            yield Fallback(node.name, "no operator of this name is left in the Core ML program")
+            yield Fallback(layer_name(node), "no operator of this name is left in the Core ML program")
         elif (reason := reasons[id(op)]) is not None:
-            yield Fallback(node.name, f"runs as {_format(op)} {op.op_type}: {reason}")
+            yield Fallback(layer_name(node), f"runs as {_format(op)} {op.op_type}: {reason}")
 
 
-def _is_quantized(node: Node) -> bool:
-    """Whether the graph wants this layer in int8: dequantized activations in and, where it only adds or averages, out.
+def _is_quantized(node: Node, job: Job) -> bool:
+    """Whether the graph wants this layer in int8: of a kind its rules quantize, codes dequantized in and quantized out.
 
-    A layer_norm that happens to stand between two quantized layers is not one that was quantized.
+    A mean or layer_norm that merely stands between two quantized layers is not one that was quantized. Layers that
+    multiply are quantized whatever becomes of their result.
     """
-    if node.op != "call_function":
-        return False
-    kind = getattr(node.target, "__name__", "").split(".")[0]
-    if kind not in _MULTIPLYING | _POOLING:
+    if kind(node) not in {*job.rules.quantize_inputs, *MULTIPLYING}:
         return False
     sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
     activations = [source for source in sources if source.target is not qdq.DEQUANTIZE_CHANNEL]
     if not activations or any(source.target is not qdq.DEQUANTIZE for source in activations):
         return False
-    return kind in _MULTIPLYING or {user.target for user in _beyond_relu(node)} == {qdq.QUANTIZE}
+    return kind(node) in MULTIPLYING or {user.target for user in _beyond_relu(node)} == {qdq.QUANTIZE}
 
 
 def _beyond_relu(node: Node) -> list[Node]:
     users = list(node.users)
-    if len(users) == 1 and getattr(users[0].target, "__name__", "").split(".")[0] in _FUSED:
-        users = list(users[0].users)
-    return users
+    return list(users[0].users) if len(users) == 1 and kind(users[0]) == "relu" else users
 
 
 def _aliases(node: Node, job: Job) -> Iterator[str]:

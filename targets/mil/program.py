@@ -87,10 +87,10 @@ class Program:
 
     def __init__(self, function: Any) -> None:
         """Bind coremltools' in-memory function. Raises TargetError for an operator that is not known, by name."""
-        self.inputs = tuple(_value(var) for var in function.inputs.values())
-        self.outputs = tuple(_value(var) for var in function.outputs)
         self.operators: Counter[str] = Counter(op.op_type for op in function.operations if op.op_type != "const")
         _refuse_unknown(self.operators)
+        self.inputs = tuple(_value(var) for var in function.inputs.values())
+        self.outputs = tuple(_value(var) for var in function.outputs)
         self._initial: list[Tensor | None] = []
         self._slots: dict[Any, int] = {}
         self._entry = {var.name: self._new(var) for var in function.inputs.values()}
