@@ -16,6 +16,8 @@ PACKAGES = ("convert", "calibrate", "targets", "device_profiles")
 DISTRIBUTION = "tightfit"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
+SHIPPED = re.compile(rf"^({'|'.join(PACKAGES)})/[^,]*\.py,", re.MULTILINE)
+
 Kind = Literal["core", "extra", "runtime", "tool"]
 State = Literal["ok", "missing", "unsuitable"]
 Version = tuple[int, ...]
@@ -47,7 +49,7 @@ def diagnose() -> list[Finding]:
         _litert(),
         _library("coremltools", "extra", (9, 0), (10,), coreml_note(platform.system()), extra="coreml"),
         _browser(),
-        *(_own(package) for package in PACKAGES),
+        *_own(),
     ]
 
 
@@ -113,21 +115,30 @@ def _browser() -> Finding:
     return Finding(name="chromium", kind="tool", version=None, state="ok", note=f"{note}; {path}")
 
 
-def _own(package: str) -> Finding:
-    """Is the package that imports here ours? Its name is a common word, and another distribution may ship one too."""
-    spec = importlib.util.find_spec(package)
-    folder = Path(spec.origin).parent.resolve() if spec is not None and spec.origin else None
+def _own() -> list[Finding]:
+    """Are the packages that import here ours? Their names are common words that another distribution may ship too."""
     try:
         ours = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        note = f"runs from {folder}, not installed: nothing to compare with"
-        return Finding(name=package, kind="core", version=None, state="ok" if folder else "missing", note=note)
-    others = [
-        d.metadata["Name"]
-        for d in metadata.distributions()
-        if d.metadata["Name"] != DISTRIBUTION and _ships(d, package)
-    ]
-    return judged(package, folder, _home(ours, package), ours.version, others)
+        return [_uninstalled(package) for package in PACKAGES]
+    shippers = [(d.metadata["Name"], _shipped(d)) for d in metadata.distributions()]
+    findings = []
+    for package in PACKAGES:
+        others = {name for name, shipped in shippers if package in shipped and name != DISTRIBUTION}
+        home = Path(str(ours.locate_file(package))).resolve() if package in _shipped(ours) else None
+        findings.append(judged(package, _folder(package), home, ours.version, others))
+    return findings
+
+
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent.resolve() if spec is not None and spec.origin else None
+
+
+def _uninstalled(package: str) -> Finding:
+    folder = _folder(package)
+    note = f"runs from {folder}, not installed: nothing to compare with"
+    return Finding(name=package, kind="core", version=None, state="ok" if folder else "missing", note=note)
 
 
 def judged(package: str, imported: Path | None, installed: Path | None, version: str, others: Iterable[str]) -> Finding:
@@ -146,12 +157,6 @@ def judged(package: str, imported: Path | None, installed: Path | None, version:
     return Finding(name=package, kind="core", version=version, state=state, command=repair if note else None, note=note)
 
 
-def _ships(distribution: metadata.Distribution, package: str) -> bool:
-    return any(file.parts[:1] == (package,) and file.suffix == ".py" for file in distribution.files or ())
-
-
-def _home(distribution: metadata.Distribution, package: str) -> Path | None:
-    """Where the distribution put the package; None for an editable installation, whose files are elsewhere."""
-    if not _ships(distribution, package):
-        return None
-    return Path(str(distribution.locate_file(package))).resolve()
+def _shipped(distribution: metadata.Distribution) -> set[str]:
+    """Which of our package names the distribution's list of files holds. Read as text: there are thousands of files."""
+    return set(SHIPPED.findall(distribution.read_text("RECORD") or ""))

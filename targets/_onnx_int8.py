@@ -91,7 +91,8 @@ def means_are_pools(model: ir.Model) -> None:
         if node.attributes.get_int("keepdims", 1):
             replace(model.graph, node, pool)
             continue
-        pool.outputs[0].shape, pool.outputs[0].type = ir.Shape([*shape[:2], 1, 1]), x.type
+        pool.outputs[0].shape = ir.Shape([*shape[:2], 1, 1])
+        pool.outputs[0].type = None if x.dtype is None else ir.TensorType(x.dtype)
         model.graph.insert_before(node, pool)
         flat = new_constant(model.graph, f"{node.name}_shape", np.array(shape[:2], np.int64))
         replace(model.graph, node, new_node(node, "Reshape", [pool.outputs[0], flat]))

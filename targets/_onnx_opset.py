@@ -95,7 +95,7 @@ def _normalization_by_parts(graph: ir.Graph, node: ir.Node) -> None:
 
     def add(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
         made.append(new_node(node, op_type, list(inputs), **attributes))
-        made[-1].outputs[0].type = x.type
+        made[-1].outputs[0].type = None if x.dtype is None else ir.TensorType(x.dtype)
         return made[-1].outputs[0]
 
     epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), np.float32)

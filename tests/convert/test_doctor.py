@@ -84,7 +84,8 @@ def test_a_clobbering_distribution_on_the_path_is_detected(tmp_path: Path, monke
 def test_diagnosing_imports_no_heavy_library() -> None:
     script = (
         "import sys; from convert.doctor import diagnose; diagnose();"
-        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'coremltools', 'litert_torch', 'numpy') if m in sys.modules])"
+        "heavy = ('torch', 'onnx', 'onnxruntime', 'coremltools', 'litert_torch', 'numpy');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
