@@ -1,4 +1,22 @@
-"""ONNX, run by ONNX Runtime on the CPU or built into an engine by TensorRT on the device."""
+"""ONNX, run by ONNX Runtime on the CPU or built into an engine by TensorRT on the device.
+
+What ONNX Runtime 1.31 fuses into integer kernels (read back from its optimised models, x86-64):
+
+- Conv and linear: the input dequantized per tensor, the weight per output channel, the bias int32 codes of step
+  input scale x weight scale. Conv needs its output quantized again; a linear (QGemm) may write floats.
+- A relu or clamp before that Quantize disappears when the range of the codes lies inside its own: after relu the zero
+  point is the lowest code, after relu6 the highest code is worth at most 6. Otherwise the layer stays float.
+- add, mul, cat, avg_pool, mean over H and W, sigmoid, softmax, leaky_relu: all inputs dequantized, output quantized.
+  Not: sub, hardswish, hardsigmoid, tanh, elu, gelu, layer_norm.
+- max_pool, slice, reshape, transpose, select move codes when output and input share scale and zero point; pad too,
+  rewritten here. A split does only where all of its outputs are quantized.
+- int8 activations fuse like uint8 ones, with the same numbers; on x86 their kernels are slow (ResNet-20: 2.8 ms, against
+  0.22 ms with uint8 and 0.46 ms in float, one thread).
+
+The kernels' arithmetic, float32: conv and linear, code = round(acc * ((s_x * s_w) / s_y)) + z_y with acc the exact
+integer sum, bias codes included; add, code = round(a * r_a + (b * r_b + c)), r = s_in / s_y, c = z_y - (r_a z_a + r_b z_b);
+quantize, round(x / s) + z; ties to even, then saturated. Dynamic linears equal `tightfit.dynamic_linear` bit for bit.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
