@@ -4,6 +4,9 @@ With static Q/DQ in the graph the converter turns every operator between DQ and 
 float constant of it with a scale of its own; it also moves Q and DQ through operators whose output keeps the input's
 scale. A layer that a plan keeps in float would so come out in int8, with numbers nobody asked for. A fence is a FLOOR,
 which has no int8 kernel and fuses with nothing, beside such an operator; it is taken out of the file again.
+
+The converter also merges a multiplication in front of a layer or behind it (a LayerNorm's gain, a layer scale) into the
+layer's weight. Codes would no longer stand for that weight, so layers with packed weights are fenced in too.
 """
 
 import torch
@@ -16,31 +19,57 @@ from ._tflite_file import TFLiteFile
 from .errors import TargetError
 
 FENCE = "tightfit.fence"
+# The key in a node's `meta` that says: this layer's weight is packed once the file is written.
+PACKED = "tightfit_packed"
 _ARITHMETIC = ("add", "sub", "mul", "div")
 # Operators that keep the scale of their input, yet round.
 _SAME_SCALE = ("avg_pool", "upsample")
 
 
-def insert_fences(graph: GraphModule) -> int:
-    """Put a fence at each operator that is to stay float beside codes; returns how many."""
-    count = 0
+def insert_fences(graph: GraphModule, static: bool) -> int:
+    """Put a fence at each operator that the converter would quantize (`static`) or merge; returns how many."""
+    fences = _Fences(graph)
     for node in list(graph.graph.nodes):
         end = after_activation(node)
-        if has_float_constant(node) and _reaches_codes(end):
-            fence = _fence(graph, end, before=end.next)
-            end.replace_all_uses_with(fence, delete_user_cb=lambda user, fence=fence: user is not fence)
-            count += 1
-        elif _rounds_unasked(node):  # here the DQ in front would be moved behind the operator
-            node.replace_input_with(node.args[0], _fence(graph, node.args[0], before=node))
-            count += 1
-    return count
+        if PACKED in node.meta:
+            fences.behind(node.args[0])
+            if end is node and any(has_float_constant(user) for user in node.users):
+                fences.behind(node)
+        elif static and has_float_constant(node) and _reaches_codes(end):
+            fences.behind(end)
+        elif static and (_rounds_unasked(node) or _moves_constant(node)):
+            # The converter would move the DQ in front of such an operator behind it.
+            for value in node.all_input_nodes:
+                if not graphs.is_constant(value):
+                    node.replace_input_with(value, fences.of(value))
+    return len(fences.made)
 
 
-def _fence(graph: GraphModule, value: Node, before: Node) -> Node:
-    with graph.graph.inserting_before(before):
-        fence = graph.graph.call_function(torch.ops.aten.floor.default, (value,))
-    fence.meta["layer"] = FENCE
-    return fence
+class _Fences:
+    """One fence for each value, since the converter merges equal operators."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self.made: dict[Node, Node] = {}
+
+    def of(self, value: Node) -> Node:
+        """The fence behind `value`, or `value` where it is one."""
+        if value.meta.get("layer") == FENCE:
+            return value
+        if value not in self.made:
+            place = value.next
+            while place.op in ("placeholder", "get_attr"):  # placeholders stay in front together
+                place = place.next
+            with self.graph.graph.inserting_before(place):
+                fence = self.graph.graph.call_function(torch.ops.aten.floor.default, (value,))
+            fence.meta["layer"] = FENCE
+            self.made[value] = fence
+        return self.made[value]
+
+    def behind(self, value: Node) -> None:
+        """Let all operators that read `value` read its fence."""
+        fence = self.of(value)
+        value.replace_all_uses_with(fence, delete_user_cb=lambda user: user is not fence and user.op != "output")
 
 
 def remove_fences(file: TFLiteFile, count: int) -> None:
@@ -81,6 +110,12 @@ def has_float_constant(node: Node) -> bool:
 
 def _rounds_unasked(node: Node) -> bool:
     return graphs.kind(node) in _SAME_SCALE and any(user.target != qdq.QUANTIZE for user in node.users)
+
+
+def _moves_constant(node: Node) -> bool:
+    """True for a concat and the like of computed values with a float constant, which would have to become codes."""
+    inputs = node.all_input_nodes if graphs.kind(node) in ("cat", "stack", "where", "scatter") else []
+    return any(graphs.is_constant(i) for i in inputs) and not all(graphs.is_constant(i) for i in inputs)
 
 
 def _reaches_codes(node: Node) -> bool:

@@ -91,6 +91,10 @@ def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
         codes = _codes_of(node)
         if codes is not None:
             reason = _weight_reason(node, weights.get(codes_key(graphs.constant(job.graph, codes).numpy()), set()))
+        elif _is_small_weight(node):
+            if codes_key(graphs.constant(job.graph, node.args[0]).numpy()) not in weights:
+                layer = graphs.layer_name(next(iter(node.users), node))
+                reason = "its int8 weights are not in the file: the converter changed or merged them"
         elif _wants_int8(node):
             names = float_ops.get(_sanitized(layer))
             reason = f"{names} runs in float: its inputs and output are not all int8 here" if names else None
@@ -132,6 +136,13 @@ def _codes_of(node: Node) -> Node | None:
     else:
         return None
     return codes if isinstance(codes, Node) and graphs.is_constant(codes) else None
+
+
+def _is_small_weight(node: Node) -> bool:
+    """True for int8 codes of a layer that computes in float."""
+    if node.target != qdq.DEQUANTIZE_CHANNEL or not graphs.is_constant(node.args[0]):
+        return False
+    return not all(is_static(user) for user in node.users)
 
 
 def _wants_int8(node: Node) -> bool:

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from calibrate import graph as graphs
 from calibrate import qdq
 
-from ._tflite_fence import insert_fences
+from ._tflite_fence import PACKED, insert_fences
 from .errors import TargetError
 
 Form = Literal["dynamic", "int8", "float16"]
@@ -76,7 +76,7 @@ def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
     _shift_unsigned(work)
     packed += _rewrite_weights(work)
     static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)
-    fences = insert_fences(work) if static else 0
+    fences = insert_fences(work, static)
     graphs.finish(work)
     _label(work)
     for module in work.modules():  # an exported graph refuses .eval(); litert-torch warns when `training` is set
@@ -107,6 +107,7 @@ def _unpack_halves(graph: GraphModule) -> Iterable[PackedWeight]:
             continue
         wide = graphs.add_constant(graph, f"{node.args[0].target}_float", half.float(), node)
         layer = _layer_of(node)
+        _mark_readers(node)
         node.replace_all_uses_with(wide)
         graph.graph.erase_node(node)
         yield PackedWeight(layer, "float16", half.float().numpy())
@@ -125,6 +126,7 @@ def _lower_dynamic(graph: GraphModule) -> Iterable[PackedWeight]:
             )
         codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
         weight = graphs.add_constant(graph, f"{node.name}_weight", _floats(codes, scales), node)
+        node.meta[PACKED] = True
         is_linear = node.target == qdq.DYNAMIC_LINEAR
         node.target = aten.linear.default if is_linear else aten.conv2d.default
         node.args = (x, weight, bias) if is_linear else (x, weight, bias, *rest[:-1])
@@ -150,6 +152,7 @@ def _rewrite_weights(graph: GraphModule) -> Iterable[PackedWeight]:
             node.args = (again, *node.args[1:])
         else:
             layer = _layer_of(node)
+            _mark_readers(node)
             node.replace_all_uses_with(weight)
             graph.graph.erase_node(node)
             yield _packed(layer, "int8", codes, scales)
@@ -161,6 +164,12 @@ def _floats(codes: Tensor, scales: Tensor) -> Tensor:
 
 def _packed(layer: str, form: Form, codes: Tensor, scales: Tensor) -> PackedWeight:
     return PackedWeight(layer, form, _floats(codes, scales).numpy(), codes.numpy(), scales.numpy())
+
+
+def _mark_readers(weight: Node) -> None:
+    for user in weight.users:
+        if graphs.kind(user) in graphs.WEIGHTED:
+            user.meta[PACKED] = True
 
 
 def _layer_of(node: Node) -> str:

@@ -171,6 +171,26 @@ def test_dynamic_int8_equals_its_simulation(dynamic: tuple[Job, Path]) -> None:
     assert placement.int8_ops == 4
 
 
+def test_a_gain_beside_a_dynamic_layer_is_not_merged_into_its_weight(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 8)
+            self.gain = nn.Parameter(torch.rand(8))
+            nn.init.uniform_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x)) * self.gain
+
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(3))
+    case = job(make_dynamic(capture(_model(Scaled), x)), x)
+    path = _lowered(case, tmp_path)
+    assert TARGET.placement(path, case).fallbacks == ()
+    wanted = simulate(case.graph)((x,))[0].numpy()
+    # One layer: the LayerNorm's few ulp do not move a code of these samples, the rest is float32 rounding.
+    np.testing.assert_allclose(TARGET.open(path).run(batch(x))["result0"], wanted, atol=1e-6)
+
+
 def test_dynamic_int8_is_not_the_float_model(dynamic: tuple[Job, Path]) -> None:
     _, path = dynamic
     exact = graphs.run(capture(_model(Residual), IMAGE), (IMAGE,))[0].numpy()
@@ -302,6 +322,23 @@ def test_a_float_layer_between_int8_layers_is_not_quantized_unasked(tmp_path: Pa
     session, reference = TARGET.open(path), simulate(case.graph)
     for image in _images(8):
         np.testing.assert_array_equal(session.run(batch(image))["result0"], reference((image,))[0].numpy())
+
+
+def test_a_float_constant_beside_codes_is_not_quantized_unasked(tmp_path: Path) -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.token = nn.Linear(8, 8), nn.Parameter(torch.randn(1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.token, self.embed(x)], 1).softmax(-1)
+
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(4))
+    case = job(quantize(capture(_model(Token), x), x, keep_float=("cat", "softmax")), x)
+    path = _lowered(case, tmp_path)
+    assert TARGET.placement(path, case).kinds["float32 CONCATENATION"] == 1
+    wanted = simulate(case.graph)((x,))[0].numpy()
+    np.testing.assert_allclose(TARGET.open(path).run(batch(x))["result0"], wanted, atol=1e-6)  # a float32 softmax
 
 
 def test_codes_that_are_not_the_graphs_are_refused(int8: tuple[Job, Path]) -> None:
