@@ -42,10 +42,19 @@ def convert(job: Job, inputs: list[str], outputs: list[str]) -> Any:
                 ],
                 compute_precision=ct.precision.FLOAT16 if job.compute == "float16" else ct.precision.FLOAT32,
                 minimum_deployment_target=deployment_target(ct, job),
+                pass_pipeline=_passes(ct),
                 skip_model_load=True,
             )
     except Exception as error:
         raise TargetError(_explanation(error, job)) from error
+
+
+def _passes(ct: Any) -> Any:
+    """coremltools' own passes but those that change numbers: a pass that rescales the operands of a quantized add
+    makes its codes differ in float16, where 127 * (scale_a / scale_b) rounds."""
+    pipeline = ct.PassPipeline()
+    pipeline.remove_passes({"common::distributive_quantized_binary_op_scale_normalization"})
+    return pipeline
 
 
 def deployment_target(ct: Any, job: Job) -> Any:

@@ -23,7 +23,7 @@ HALF_MAX = 65504.0
 MASKED = -3e4  # coremltools' own stand-in for -inf; the sum of two such masks is still finite in float16
 
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default}
-_IDENTITIES |= {aten.detach_.default, aten.lift_fresh_copy.default, aten.dropout.default}
+_IDENTITIES |= {aten.detach_.default, aten.lift_fresh_copy.default}
 _KEPT = {qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE}
 _DYNAMIC = {qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D}
 _WHERE = {aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
@@ -59,9 +59,9 @@ def prepare(job: Job, supported: Callable[[Node], bool]) -> torch.export.Exporte
     source = _copy(job.graph)
     _fit_interface(source, [getattr(torch, spec.dtype) for spec in job.inputs])
     origin = id(source.graph)
-    module = _exported(source, examples).module(check_guards=False)
+    module = _functional(_exported(source, examples)).module(check_guards=False)
     _clean(module, job.compute == "float16")
-    program = _exported(module, examples)
+    program = _exported(module, examples).run_decompositions({})
     program = _decomposed(program, supported)
     _make_contiguous(program)
     _restore_names(program, origin)
@@ -118,7 +118,15 @@ def _fit_interface(module: GraphModule, dtypes: list[torch.dtype]) -> None:
 
 def _exported(module: GraphModule, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(module, examples, strict=False).run_decompositions({})
+        return torch.export.export(module, examples, strict=False)
+
+
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without operators that write into their operands: folding a constant would otherwise fold away a write."""
+    calls = [n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    if any(target._schema.is_mutable and target not in _IDENTITIES for target in calls):
+        return program.run_decompositions({})
+    return program
 
 
 def _clean(module: GraphModule, half: bool) -> None:

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,18 +84,35 @@ def digests(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-@pytest.mark.parametrize("compute", ["float32", "float16"])
-@pytest.mark.parametrize("name", list(cases()))
-def test_a_package_computes_what_the_graph_computes(name: str, compute: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Lower one of the models, once for all tests that only read the package."""
+
+    @cache
+    def lowered(name: str, compute: str = "float32") -> Path:
+        path = tmp_path_factory.mktemp(name) / f"{name}.mlpackage"
+        job, _ = case_job(name, compute) if name in cases() else quantized(name, compute)
+        TARGET.lower(job, path)
+        return path
+
+    return lowered
+
+
+SLOW = pytest.mark.slow
+EVERY = [(name, "float32") for name in cases()] + [("encoder", "float16")]
+REST = [pytest.param(name, "float16", marks=SLOW) for name in cases() if name != "encoder"]
+
+
+@pytest.mark.parametrize(("name", "compute"), [*EVERY, *REST])
+def test_a_package_computes_what_the_graph_computes(name: str, compute: str, package: Callable[..., Path]) -> None:
     job, inputs = case_job(name, compute)
-    path = tmp_path / f"{name}.mlpackage"
-    TARGET.lower(job, path)
+    path = package(name, compute)
     assert_same(run(path, inputs), reference(job, inputs), TOLERANCE[compute])
     assert set(Program.load(path).operators) <= set(OPERATORS)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # nothing half-written stays behind
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written stays behind
 
 
-@pytest.mark.parametrize("deployment_target", ["iOS15", "iOS18"])
+@pytest.mark.parametrize("deployment_target", [pytest.param("iOS15", marks=pytest.mark.slow), "iOS18"])
 def test_other_systems_get_other_operators_and_the_same_numbers(deployment_target: str, tmp_path: Path) -> None:
     job, inputs = case_job("encoder", deployment_target=deployment_target)
     TARGET.lower(job, tmp_path / "a.mlpackage")
@@ -215,17 +233,9 @@ def _store_weight(module: torch.fx.GraphModule, layer: torch.fx.Node, kind: str)
     layer.args = (layer.args[0], stored, *layer.args[2:])
 
 
-@cache
-def float_bytes(folder: Path) -> int:
-    job, _ = quantized("float32")
-    TARGET.lower(job, folder / "float.mlpackage")
-    return artifact_bytes(folder / "float.mlpackage" / "Data/com.apple.CoreML/weights")
-
-
-def test_static_int8_matches_the_simulation_to_the_bit_and_is_placed_in_int8(tmp_path: Path) -> None:
+def test_static_int8_matches_the_simulation_to_the_bit_and_is_placed_in_int8(package: Callable[..., Path]) -> None:
     job, inputs = quantized("static")
-    path = tmp_path / "static.mlpackage"
-    TARGET.lower(job, path)
+    path = package("static")
     expected = reference(job, inputs)
     np.testing.assert_array_equal(run(path, inputs)["logits"], expected["logits"])
     placed = TARGET.placement(path, job)
@@ -235,10 +245,9 @@ def test_static_int8_matches_the_simulation_to_the_bit_and_is_placed_in_int8(tmp
     assert placed.fallbacks == ()
 
 
-def test_float16_compute_keeps_the_layers_names_and_their_placement(tmp_path: Path) -> None:
+def test_float16_compute_keeps_the_layers_names_and_their_placement(package: Callable[..., Path]) -> None:
     job, inputs = quantized("static", "float16")
-    path = tmp_path / "static.mlpackage"
-    TARGET.lower(job, path)
+    path = package("static", "float16")
     placed = TARGET.placement(path, job)
     assert placed.int8_ops == 4
     assert placed.fallbacks == ()
@@ -246,20 +255,16 @@ def test_float16_compute_keeps_the_layers_names_and_their_placement(tmp_path: Pa
     np.testing.assert_allclose(run(path, inputs)["logits"], reference(job, inputs)["logits"], atol=0.07)
 
 
-def test_a_quantized_layer_that_came_out_float_is_named(tmp_path: Path) -> None:
+def test_a_quantized_layer_that_came_out_float_is_named(package: Callable[..., Path]) -> None:
     job, _ = quantized("static")
-    floating, _ = quantized("weights")
-    path = tmp_path / "float.mlpackage"
-    TARGET.lower(floating, path)
-    fallbacks = {f.node: f.reason for f in TARGET.placement(path, job).fallbacks}
+    fallbacks = {f.node: f.reason for f in TARGET.placement(package("weights"), job).fallbacks}
     assert set(fallbacks) == {"conv2d", "conv2d_1", "add", "linear"}
     assert "not from 'dequantize'" in fallbacks["conv2d_1"]
 
 
-def test_int8_weights_are_stored_as_bytes_and_are_no_fallback(tmp_path: Path) -> None:
+def test_int8_weights_are_stored_as_bytes_and_are_no_fallback(package: Callable[..., Path]) -> None:
     job, inputs = quantized("weights")
-    path = tmp_path / "weights.mlpackage"
-    TARGET.lower(job, path)
+    path = package("weights")
     assert_same(run(path, inputs), reference(job, inputs), TOLERANCE["float32"])
     placed = TARGET.placement(path, job)
     assert placed.kinds["float32 conv (int8 weights)"] == 2
@@ -267,23 +272,22 @@ def test_int8_weights_are_stored_as_bytes_and_are_no_fallback(tmp_path: Path) ->
     assert job.graph.conv2d_1_codes.numpy().tobytes() in weights(path).read_bytes()
 
 
-def test_float16_weights_are_stored_as_float16_and_computed_in_float32(tmp_path: Path) -> None:
+def test_float16_weights_are_stored_as_float16_and_computed_in_float32(package: Callable[..., Path]) -> None:
     job, inputs = quantized("float16")
-    path = tmp_path / "half.mlpackage"
-    TARGET.lower(job, path)
+    path = package("float16")
     assert_same(run(path, inputs), reference(job, inputs), TOLERANCE["float32"])
     assert TARGET.placement(path, job).kinds["float32 conv (float16 weights)"] == 2
-    assert artifact_bytes(weights(path).parent) < 0.62 * float_bytes(tmp_path)
+    assert artifact_bytes(weights(path).parent) < 0.62 * artifact_bytes(weights(package("float32")).parent)
 
 
 def weights(path: Path) -> Path:
     return path / "Data/com.apple.CoreML/weights/weight.bin"
 
 
-def test_one_changed_byte_of_a_weight_changes_the_outputs(tmp_path: Path) -> None:
+def test_one_changed_byte_of_a_weight_changes_the_outputs(package: Callable[..., Path], tmp_path: Path) -> None:
     job, inputs = quantized("weights")
     path = tmp_path / "weights.mlpackage"
-    TARGET.lower(job, path)
+    shutil.copytree(package("weights"), path)
     data = bytearray(weights(path).read_bytes())
     data[data.index(job.graph.linear_codes.numpy().tobytes())] ^= 0x40
     weights(path).write_bytes(bytes(data))
@@ -291,12 +295,11 @@ def test_one_changed_byte_of_a_weight_changes_the_outputs(tmp_path: Path) -> Non
         assert_same(run(path, inputs), reference(job, inputs), TOLERANCE["float32"])
 
 
-def test_the_same_job_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        TARGET.lower(quantized("static", "float16")[0], tmp_path / f"{name}.mlpackage")
-    first = digests(tmp_path / "first.mlpackage")
+def test_the_same_job_gives_the_same_bytes(package: Callable[..., Path], tmp_path: Path) -> None:
+    TARGET.lower(quantized("static", "float16")[0], tmp_path / "again.mlpackage")
+    first = digests(package("static", "float16"))
     assert len(first) == 3
-    assert first == digests(tmp_path / "second.mlpackage")
+    assert first == digests(tmp_path / "again.mlpackage")
 
 
 @pytest.mark.slow
@@ -317,9 +320,8 @@ def test_another_process_with_another_hash_seed_gives_the_same_bytes(seed: str, 
         assert digests(tmp_path / f"{name}.mlpackage") == digests(tmp_path / "child" / f"{name}.mlpackage")
 
 
-def test_nothing_of_this_machine_reaches_the_package(tmp_path: Path) -> None:
-    TARGET.lower(case_job("cnn")[0], tmp_path / "cnn.mlpackage")
-    content = b"".join(p.read_bytes() for p in (tmp_path / "cnn.mlpackage").rglob("*") if p.is_file())
+def test_nothing_of_this_machine_reaches_the_package(package: Callable[..., Path]) -> None:
+    content = b"".join(p.read_bytes() for p in package("cnn").rglob("*") if p.is_file())
     assert str(Path(__file__).parent).encode() not in content
     assert b"conversion_date" not in content
 
@@ -341,10 +343,9 @@ def test_names_that_core_ml_cannot_bear_come_back_as_they_were(tmp_path: Path) -
     }
 
 
-def test_a_session_says_what_it_is(tmp_path: Path) -> None:
-    job, inputs = case_job("cnn")
-    TARGET.lower(job, tmp_path / "cnn.mlpackage")
-    session = TARGET.open(tmp_path / "cnn.mlpackage", threads=1)
+def test_a_session_says_what_it_is(package: Callable[..., Path]) -> None:
+    _, inputs = case_job("cnn")
+    session = TARGET.open(package("cnn"), threads=1)
     if sys.platform == "darwin":
         pytest.skip("Core ML itself runs here")
     assert session.executor == f"MIL reference executor (torch {torch.__version__}), not Core ML"
@@ -433,10 +434,9 @@ def test_an_operator_the_executor_lacks_is_refused_by_name() -> None:
         Program(program.functions["main"])
 
 
-def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
-    job, _ = case_job("cnn")
+def test_a_damaged_package_is_refused(package: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "cnn.mlpackage"
-    TARGET.lower(job, path)
+    shutil.copytree(package("cnn"), path)
     model = path / "Data/com.apple.CoreML/model.mlmodel"
     model.write_bytes(model.read_bytes()[:500])
     with pytest.raises(TargetError, match=r"cnn\.mlpackage"):
