@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnxscript.optimizer import optimize_ir
 
-from ._onnx_export import LAYER_KEY
+from ._onnx_export import LAYER_KEY, quiet
 from ._onnx_graph import constant
 
 WORK = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"))
@@ -19,7 +19,8 @@ def constants_are_folded(model: ir.Model) -> None:
             return False
         return None
 
-    optimize_ir(model, should_fold=should_fold, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
+    with quiet():
+        optimize_ir(model, should_fold=should_fold, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
 
 
 def nodes_bear_layer_names(model: ir.Model) -> None:

@@ -10,12 +10,13 @@ What ONNX Runtime 1.31 fuses into integer kernels (read back from its optimised 
   Not: sub, hardswish, hardsigmoid, tanh, elu, gelu, layer_norm.
 - max_pool, slice, reshape, transpose, select move codes when output and input share scale and zero point; pad too,
   rewritten here. A split does only where all of its outputs are quantized.
-- int8 activations fuse like uint8 ones, with the same numbers; on x86 their kernels are slow (ResNet-20: 2.8 ms, against
-  0.22 ms with uint8 and 0.46 ms in float, one thread).
+- int8 activations fuse like uint8 ones, with the same numbers; on x86 their kernels are slow (ResNet-20: 2.8 ms,
+  against 0.22 ms with uint8 and 0.46 ms in float, one thread of an AMD EPYC with VNNI).
 
 The kernels' arithmetic, float32: conv and linear, code = round(acc * ((s_x * s_w) / s_y)) + z_y with acc the exact
-integer sum, bias codes included; add, code = round(a * r_a + (b * r_b + c)), r = s_in / s_y, c = z_y - (r_a z_a + r_b z_b);
-quantize, round(x / s) + z; ties to even, then saturated. Dynamic linears equal `tightfit.dynamic_linear` bit for bit.
+integer sum, bias codes included; add, code = round(a * r_a + (b * r_b + c)) with r = s_in / s_y and
+c = z_y - (r_a z_a + r_b z_b); quantize, round(x / s) + z; ties to even, then saturated. Dynamic linears equal
+`tightfit.dynamic_linear` bit for bit.
 """
 
 from pathlib import Path
