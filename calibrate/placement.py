@@ -16,6 +16,9 @@ from .graph import is_constant, is_weighted, kind, layer_name, weight_nodes
 from .plan import Plan
 
 FUSED = ("relu", "clamp")
+# Kinds that a runtime may do in float between dequantize and quantize without changing a value: codes go in, the same
+# codes come out. They keep an island whole where its kernels lack them (a padded shortcut under ONNX Runtime).
+BRIDGES = frozenset(("pad", "slice", "select", "reshape", "transpose", "split", "expand", "cat", "max_pool"))
 # Kinds of which somebody might wonder why they stayed float.
 NOTABLE = (
     "conv",
@@ -55,6 +58,8 @@ class _Placer:
         self.wants: dict[Node, tuple[Node, ...]] = {}  # node -> the tensors it reads as codes
         self.available: set[Node] = set()  # nodes whose value an integer kernel can write as codes
         self.left: dict[str, str] = {}
+        self.fixed = _constant_made(self.nodes)
+        self.moving = plan.shared_scale | (BRIDGES if plan.quantize_outputs else frozenset())
 
     def run(self) -> Sites:
         for node in self.nodes:
@@ -94,9 +99,9 @@ class _Placer:
         plan = self.plan
         if layer_name(node) in plan.keep_float:
             return plan.keep_float[layer_name(node)]
-        if what in plan.shared_scale:
+        if what in self.moving and what not in plan.quantize_inputs:
             inputs = _tensors(node)
-            if inputs and all(i in self.available for i in inputs) and not _has_constant(node):
+            if inputs and all(i in self.available for i in inputs) and not self._has_constant(node):
                 return None
             return f"{what} moves values that are not codes"
         if what not in plan.quantize_inputs:
@@ -106,14 +111,17 @@ class _Placer:
         if what == "add" and plan.residual_add != "both":
             return "residual adds stay float under this plan"
         inputs = _tensors(node)
-        if _has_constant(node) or len(inputs) < (2 if what in ("add", "mul", "sub") else 1):
+        if self._has_constant(node) or len(inputs) < (2 if what in ("add", "mul", "sub") else 1):
             return f"{what} with a constant operand stays float"
         if not all(i in self.available for i in inputs):
             return f"{what} reads a float tensor, so codes would cost a conversion"
         return None
 
+    def _has_constant(self, node: Node) -> bool:
+        return _has_constant(node) or any(o in self.fixed for o in _operands(node))
+
     def _moves(self, node: Node) -> bool:
-        return kind(node) in self.plan.shared_scale and node in self.available
+        return kind(node) in self.moving - self.plan.quantize_inputs and node in self.available
 
     def _demanded(self) -> set[Node]:
         """Tensors that somebody reads as codes, through moves of codes too."""
@@ -158,6 +166,17 @@ class _Placer:
                 sites.fixed[group] = self.plan.fixed_output[kind(node)]
         sites.layers = {n.name: layer_name(n) for n in self.wants}
         return sites
+
+
+def _constant_made(nodes: list[Node]) -> set[Node]:
+    """Nodes computed from constants and sizes alone: an expanded class token, a mask."""
+    made: set[Node] = set()
+    for node in nodes:
+        if node.op != "call_function" or kind(node) == "shape":
+            continue
+        if all(is_constant(a) or a in made or kind(a) == "shape" for a in node.all_input_nodes):
+            made.add(node)
+    return made
 
 
 def tail(node: Node) -> Node:

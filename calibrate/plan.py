@@ -13,7 +13,8 @@ class Plan:
     `quantize_inputs` names the kinds (calibrate/graph.py) whose activation inputs carry Q/DQ, `quantize_outputs` those
     whose output the runtime's kernel writes as codes, `shared_scale` those that move codes without changing scale.
     `residual_add` is "both" (an add reads two quantized tensors), "skip" (only the skip branch is quantized, the other
-    stays inside the convolution's kernel) or "none". `keep_float` maps layer names to the reason they stay float.
+    stays inside the convolution's kernel) or "none". `half_scales`: scales are float16 numbers, for runtimes that keep
+    them so. `keep_float` maps layer names to the reason they stay float.
     """
 
     steps: tuple[str, ...]
@@ -22,6 +23,7 @@ class Plan:
     per_channel: bool = True
     weight_max: int = 127
     int32_bias: bool = True
+    half_scales: bool = False
     quantize_inputs: frozenset[str] = frozenset({"conv", "linear"})
     quantize_outputs: frozenset[str] = frozenset()
     shared_scale: frozenset[str] = frozenset()

@@ -22,21 +22,31 @@ from .placement import Sites
 from .plan import Plan, QParams
 
 Progress = Callable[[int], None]
+# Smallest normal float16: below it steps between neighbours no longer shrink with the number.
+SMALLEST_HALF = 2.0**-14
 
 
 def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
     """Scale and zero point for real values in [low, high], low <= 0 <= high.
 
-    Zero is always a code. Symmetric: zero_point 0 and codes [-127, 127]. The scale is a float32 number.
+    Zero is always a code. Symmetric: zero_point 0, scale = reach / 127; the codes keep their whole range, as runtimes
+    saturate there. The scale is a float32 number.
     """
     if plan.symmetric:
         reach = max(-low, high)
-        scale = float(np.float32(reach / 127)) or 1.0
-        return QParams(scale, 0, -127, 127, "int8", observer)
+        scale = representable(reach / 127, plan)
+        return QParams(scale, 0, -128, 127, "int8", observer)
     qmin, qmax = (-128, 127) if plan.activation == "int8" else (0, 255)
-    scale = float(np.float32((high - low) / 255)) or 1.0
+    scale = representable((high - low) / 255, plan)
     zero = int(min(max(round(qmin - low / scale), qmin), qmax))
     return QParams(scale, zero, qmin, qmax, plan.activation, observer)
+
+
+def representable(scale: float, plan: Plan) -> float:
+    """The nearest scale the runtime can store: float32, or float16 not below the smallest normal one; 1 for 0."""
+    if plan.half_scales:
+        return float(np.float16(max(scale, SMALLEST_HALF))) if scale else 1.0
+    return float(np.float32(scale)) or 1.0
 
 
 def fake_quantize(x: Tensor, q: QParams) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .graph import constant, kind
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
 EXACT = 2.0**24
 HALF_MAX = 65504.0
+# How a kernel adds two int8 tensors of different scales: in float32, or in fixed point as XNNPACK does.
+Adder = Literal["float", "fixed_point"]
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,61 @@ class _Kernel:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Output:
+    """Where an integer kernel writes its codes: the quantize node's parameters and the bounds of a fused activation."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    dtype: torch.dtype
+
+    def codes(self, steps: Tensor) -> Tensor:
+        return torch.clamp(torch.round(steps) + self.zero_point, self.low, self.high).to(self.dtype)
+
+
 class Simulation(Interpreter):
     """The torch simulation every artifact must match.
 
     A conv or linear on codes with constant weight codes is computed as kernels do: an exact integer accumulator, the
-    bias in it, one multiplication by the float32 product of the scales. In float32 where the largest possible sum
-    stays below 2^24, else in float64. A matmul of two dequantized tensors runs in float64, which is exact too.
-    Everything else runs as the graph is written; with `compute` "float16" every float32 value is rounded to float16
-    (saturated at ±65504) after the node that makes it, as hardware does that stores halves and adds in single.
+    bias in it, and where its output is quantized (a relu or clamp between) one multiplication by the float32 number
+    input_scale * weight_scale / output_scale, rounded half to even. In float32 where the largest possible sum stays
+    below 2^24, else in float64. A mean of codes is an exact sum and one such multiplication; an add of codes follows
+    `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits). A matmul of two dequantized tensors runs in float64.
+
+    Everything else runs as the graph is written. With `compute` "float16" the whole graph does, and every float32 value
+    is rounded to float16 (saturated at ±65504) after the node that makes it: runtimes that compute in halves dequantize
+    to halves, and store halves that they summed in single precision.
     """
 
-    def __init__(self, graph: GraphModule, compute: str = "float32") -> None:
+    def __init__(self, graph: GraphModule, compute: str = "float32", adder: Adder = "float") -> None:
         super().__init__(graph, garbage_collect_values=True)
         self._half = compute == "float16"
+        self._adder = adder
         self._kernels: dict[Node, _Kernel] = {}
         self._wide: set[Node] = set()
-        for node in graph.graph.nodes:
-            kernel = _kernel(graph, node)
-            if kernel is not None:
-                self._kernels[node] = kernel
-            elif kind(node) in ("conv", "linear", "matmul") and _on_codes(node):
-                self._wide.add(node)
+        self._outputs: dict[Node, _Output] = {}  # compute node -> how its codes are written
+        self._written: dict[Node, Node] = {}  # quantize node -> the compute node whose codes it stands for
+        self._codes: dict[Node, Tensor] = {}
+        if not self._half:
+            for node in graph.graph.nodes:
+                self._recognise(graph, node)
+
+    def _recognise(self, graph: GraphModule, node: Node) -> None:
+        kernel = _kernel(graph, node)
+        if kernel is not None:
+            self._kernels[node] = kernel
+        elif kind(node) in ("conv", "linear", "matmul") and _on_codes(node):
+            self._wide.add(node)
+        if node.target is not qdq.QUANTIZE:
+            return
+        found = _writer(node)
+        if found is None:
+            return
+        source, output = found
+        if source in self._kernels or _is_mean(source) or (self._adder == "fixed_point" and _is_add(source)):
+            self._outputs[source], self._written[node] = output, source
 
     def run_node(self, n: Node) -> Any:
         value = self._run(n)
@@ -55,19 +91,38 @@ class Simulation(Interpreter):
         return value
 
     def _run(self, n: Node) -> Any:
+        source = self._written.get(n)
+        if source in self._codes:
+            assert source is not None
+            return self._codes.pop(source)
+        args, kwargs = self.fetch_args_kwargs_from_env(n) if n.op == "call_function" else ((), {})
         if n in self._kernels:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return _run_kernel(n, self._kernels[n], list(args), kwargs)
+            return self._run_kernel(n, list(args), kwargs)
         if n in self._wide:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
             wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
             return n.target(*wide, **kwargs).float()
+        if n in self._outputs:
+            self._codes[n] = (_mean_codes if _is_mean(n) else _add_codes)(n, args, self._outputs[n])
         return super().run_node(n)
 
-
-def _on_codes(node: Node) -> bool:
-    operands = [a for a in node.args[:2] if isinstance(a, Node)]
-    return len(operands) == 2 and all(a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands)
+    def _run_kernel(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        kernel = self._kernels[node]
+        bias = args[2] if len(args) > 2 else None
+        codes = torch.round(args[0].to(kernel.dtype) / kernel.input_scale)
+        total = node.target(codes, kernel.codes, None, *args[3:], **kwargs)  # type: ignore[operator]
+        channels = (1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,)
+        unit = kernel.unit.view(channels)
+        if bias is not None:
+            steps = bias.double() / kernel.unit.double()
+            whole = torch.round(steps)
+            if bool(((steps - whole).abs() >= 1e-3).any()):  # a bias of its own precision: added after the scale
+                return (total.float() * unit + bias.view(channels)).float()
+            total = (total.double() + whole.view(channels)).float()
+        output = self._outputs.get(node)
+        if output is not None:
+            factor = unit / torch.tensor(output.scale, dtype=torch.float32)
+            self._codes[node] = output.codes(total.float() * factor)
+        return total.float() * unit
 
 
 def _kernel(graph: GraphModule, node: Node) -> _Kernel | None:
@@ -79,39 +134,97 @@ def _kernel(graph: GraphModule, node: Node) -> _Kernel | None:
     codes_node, scales_node = weight.args[:2]
     if not isinstance(codes_node, Node) or codes_node.op != "get_attr" or not isinstance(x.args[1], float):
         return None
+    assert isinstance(scales_node, Node)
     codes = constant(graph, codes_node)
-    scales = constant(graph, scales_node)
-    reach = int(x.args[4]) - int(x.args[3])
+    reach = int(x.args[4]) - int(x.args[3])  # type: ignore[arg-type]
     largest = float(codes.float().abs().flatten(1).sum(1).max()) * reach
     dtype = torch.float32 if largest < EXACT else torch.float64
-    unit = torch.tensor(x.args[1], dtype=torch.float32) * scales
+    unit = torch.tensor(x.args[1], dtype=torch.float32) * constant(graph, scales_node)
     return _Kernel(codes.to(dtype), x.args[1], unit, dtype)
 
 
-def _run_kernel(node: Node, kernel: _Kernel, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
-    bias = args[2] if len(args) > 2 else None
-    codes = torch.round(args[0].to(kernel.dtype) / kernel.input_scale)
-    rest = args[3:]
-    total = node.target(codes, kernel.codes, None, *rest, **kwargs)
-    channels = (1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,)
-    unit = kernel.unit.view(channels)
-    if bias is None:
-        return (total * unit.to(kernel.dtype)).float()
-    steps = bias.double() / kernel.unit.double()
-    whole = torch.round(steps)
-    if bool(((steps - whole).abs() < 1e-3).all()):  # the step rounded this bias: it lives in the accumulator
-        total = (
-            total.double() + whole.view(channels)
-            if float(whole.abs().max()) > EXACT
-            else total + whole.to(kernel.dtype).view(channels)
-        )
-        return (total.to(torch.float32) * unit).float()
-    return (total.to(torch.float32) * unit + bias.view(channels)).float()
+def _on_codes(node: Node) -> bool:
+    operands = [a for a in node.args[:2] if isinstance(a, Node)]
+    return len(operands) == 2 and all(a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands)
 
 
-def simulate(graph: GraphModule, compute: str = "float32") -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
+def _is_add(node: Node) -> bool:
+    return kind(node) == "add" and len(node.args) == 2 and _on_codes(node) and not node.kwargs
+
+
+def _is_mean(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    return kind(node) == "mean" and isinstance(source, Node) and source.target is qdq.DEQUANTIZE and len(node.args) > 1
+
+
+def _writer(quantize: Node) -> tuple[Node, _Output] | None:
+    """The node before `quantize`, past activations that alone read each other, and how its codes come out."""
+    node, scale, zero, low, high, dtype = quantize.args
+    assert isinstance(scale, float)
+    assert isinstance(zero, int)
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    assert isinstance(dtype, torch.dtype)
+    while isinstance(node, Node) and kind(node) in ("relu", "clamp") and len(node.users) == 1:
+        smallest, largest = (0.0, None) if kind(node) == "relu" else _bounds(node)
+        if smallest is not None:
+            low = max(low, min(high, round(smallest / scale) + zero))
+        if largest is not None:
+            high = min(high, max(low, round(largest / scale) + zero))
+        node = node.args[0]
+    if not isinstance(node, Node) or len(node.users) != 1:
+        return None
+    return node, _Output(scale, zero, low, high, dtype)
+
+
+def _bounds(node: Node) -> tuple[float | None, float | None]:
+    name = str(node.target)
+    given = [a for a in node.args[1:3] if isinstance(a, int | float)]
+    if "relu6" in name:
+        return 0.0, 6.0
+    if "hardtanh" in name:
+        return (float(given[0]), float(given[1])) if len(given) == 2 else (-1.0, 1.0)
+    limits = [node.args[1] if len(node.args) > 1 else None, node.args[2] if len(node.args) > 2 else None]
+    limits = [node.kwargs.get(k, v) for k, v in zip(("min", "max"), limits, strict=True)]
+    if "clamp_max" in name:
+        limits = [None, limits[0]]
+    low, high = (float(v) if isinstance(v, int | float) else None for v in limits)
+    return low, high
+
+
+def _steps(value: Tensor, source: object) -> tuple[Tensor, float]:
+    """Codes minus zero point of a dequantized tensor, exact in float64, and its scale."""
+    assert isinstance(source, Node)
+    scale = source.args[1]
+    assert isinstance(scale, float)
+    return torch.round(value.double() / scale), scale
+
+
+def _add_codes(node: Node, args: Any, output: _Output) -> Tensor:
+    """XNNPACK's add: fixed-point multipliers of the two scale ratios, one rounding shift, half up."""
+    a, scale_a = _steps(args[0], node.args[0])
+    b, scale_b = _steps(args[1], node.args[1])
+    ratios = torch.tensor([scale_a, scale_b], dtype=torch.float32) / torch.tensor(output.scale, dtype=torch.float32)
+    shift = 20 - int(torch.floor(torch.log2(ratios.max().double())))
+    left, right = (torch.round(ratios.double() * 2.0**shift)).tolist()
+    total = torch.floor((2.0 ** (shift - 1) + left * a + right * b) / 2.0**shift)
+    return torch.clamp(total + output.zero_point, output.low, output.high).to(output.dtype)
+
+
+def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
+    """An exact sum of codes, then one multiplication by scale / (output scale * count)."""
+    steps, scale = _steps(args[0], node.args[0])
+    total = steps.sum(args[1], keepdim=bool(args[2]) if len(args) > 2 else False)
+    count = steps.numel() // max(total.numel(), 1)
+    divisor = torch.tensor(output.scale, dtype=torch.float32) * count
+    return output.codes(total.float() * (torch.tensor(scale, dtype=torch.float32) / divisor))
+
+
+def simulate(
+    graph: GraphModule, compute: str = "float32", adder: Adder = "float"
+) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
     """A callable that runs `graph` as integer kernels would; see `Simulation`."""
-    interpreter = Simulation(graph, compute)
+    interpreter = Simulation(graph, compute, adder)
 
     def call(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():

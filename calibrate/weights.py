@@ -6,6 +6,7 @@ from torch.fx import GraphModule, Node
 
 from . import qdq
 from .graph import add_constant, constant, layer_name, weight_nodes
+from .plan import Plan
 
 
 def weight_scales(
@@ -14,6 +15,7 @@ def weight_scales(
     per_channel: bool,
     bias: Tensor | None = None,
     input_scale: float | None = None,
+    half_scales: bool = False,
 ) -> Tensor:
     """Scales float32 [out] for a weight [out, ...]: absmax / weight_max, per channel or all alike.
 
@@ -28,6 +30,10 @@ def weight_scales(
     scales = reach / weight_max
     if bias is not None and input_scale is not None:
         scales = torch.maximum(scales, bias.detach().abs().double() / (input_scale * 2**30))
+    if half_scales:  # rounded up: rounding down would clip the largest weight
+        halves = scales.half()
+        up = torch.nextafter(halves, torch.full_like(halves, torch.inf))
+        return torch.where(halves.double() < scales, up, halves).float()
     return scales.float()
 
 
@@ -52,12 +58,13 @@ def store_codes(graph: GraphModule, node: Node, codes: Tensor, scales: Tensor, w
     return made
 
 
-def quantize_weight(graph: GraphModule, node: Node, weight_max: int, per_channel: bool) -> None:
+def quantize_weight(graph: GraphModule, node: Node, plan: Plan) -> None:
     """Replace the constant weight of a conv, linear or embedding by codes and a dequantize node."""
     index = 0 if "embedding" in str(node.target) else 1
     source = node.args[0] if index == 0 else weight_nodes(node)[0]
     assert isinstance(source, Node)
     weight = constant(graph, source)
-    scales = weight_scales(weight, weight_max, per_channel)
-    made = store_codes(graph, node, weight_codes(weight, scales, weight_max), scales, weight_max)
+    scales = weight_scales(weight, plan.weight_max, plan.per_channel, half_scales=plan.half_scales)
+    codes = weight_codes(weight, scales, plan.weight_max)
+    made = store_codes(graph, node, codes, scales, plan.weight_max)
     node.args = (*node.args[:index], made, *node.args[index + 1 :])

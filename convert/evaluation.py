@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from calibrate import qdq
 from calibrate.graph import kind, layer_name, run
 from calibrate.samples import Batch, CalibrationSet
-from calibrate.simulation import simulate
+from calibrate.simulation import Adder, simulate
 from convert.capture import Captured
 from convert.compress import Compressed, batch_size, tensors
 from convert.drift import Drift, OutputDrift, classifies, top1
@@ -40,12 +40,27 @@ class Judged:
     classes: int = 0
 
 
-def graph_runner(captured: Captured, graph: GraphModule, compute: str) -> Runner:
-    """`graph` as the artifact should compute it: integer kernels exact, the rest in `compute`."""
-    call = simulate(graph, compute)
+def graph_runner(
+    captured: Captured, graph: GraphModule, compute: str, artifact_batch: int, adder: Adder = "float"
+) -> Runner:
+    """`graph` as the artifact should compute it: integer kernels exact, the rest in `compute`.
+
+    A graph that takes ranges at run time runs in slices of the artifact's batch: its numbers depend on the company.
+    """
+    call = simulate(graph, compute, adder)
 
     def once(batch: Batch) -> Batch:
         return _named(captured, call(tensors(batch, captured.inputs)))
+
+    dynamic = any(n.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D) for n in graph.graph.nodes)
+    return _sliced(once, artifact_batch) if dynamic else once
+
+
+def _sliced(run_slice: Runner, size: int) -> Runner:
+    def once(batch: Batch) -> Batch:
+        count = len(next(iter(batch.values())))
+        parts = [run_slice({k: v[i : i + size] for k, v in batch.items()}) for i in range(0, count, size)]
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     return once
 
@@ -57,23 +72,16 @@ def float_runner(captured: Captured) -> Runner:
 
 def session_runner(session: Session, batch_of_artifact: int) -> Runner:
     """The artifact, run in slices of its own batch."""
-
-    def once(batch: Batch) -> Batch:
-        count = len(next(iter(batch.values())))
-        parts = [
-            session.run({k: v[i : i + batch_of_artifact] for k, v in batch.items()})
-            for i in range(0, count, batch_of_artifact)
-        ]
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-    return once
+    return _sliced(session.run, batch_of_artifact)
 
 
 def _named(captured: Captured, values: tuple[Tensor, ...]) -> Batch:
     return {name: v.detach().numpy() for name, v in zip(captured.outputs, values, strict=True)}
 
 
-def evaluation_batches(captured: Captured, data: CalibrationSet, artifact_batch: int) -> Iterator[tuple[Batch, NDArray | None]]:
+def evaluation_batches(
+    captured: Captured, data: CalibrationSet, artifact_batch: int
+) -> Iterator[tuple[Batch, NDArray | None]]:
     """Batches that both the graph and the artifact can take whole, with their labels; a remainder is left out."""
     size = math.lcm(batch_size(captured, 1), artifact_batch)
     size *= max(1, 32 // size)
@@ -102,16 +110,17 @@ def judge(
     `keep(what, batch)` is offered the inputs ("input"), the float outputs ("float") and the artifact's ("artifact").
     """
     compute = compressed.decision.compute
+    adder: Adder = "fixed_point" if compressed.decision.rules.runtime == "litert" else "float"
     reference = float_runner(captured)
     runners: dict[str, Runner] = {}
     for name, graph in compressed.stages[:-1]:
-        runners[name] = graph_runner(captured, graph, "float32")
+        runners[name] = graph_runner(captured, graph, "float32", artifact_batch)
     last_step, last_graph = compressed.stages[-1]
-    runners[last_step] = graph_runner(captured, last_graph, "float32")
+    runners[last_step] = graph_runner(captured, last_graph, "float32", artifact_batch, adder)
     simulated = last_step
     if compute == "float16":
         simulated = "float16 arithmetic"
-        runners[simulated] = graph_runner(captured, last_graph, "float16")
+        runners[simulated] = graph_runner(captured, last_graph, "float16", artifact_batch)
     runners["artifact"] = session_runner(session, artifact_batch)
     judged: Judged | None = None
     for batch, labels in evaluation_batches(captured, data, artifact_batch):
@@ -119,7 +128,13 @@ def judge(
         if judged is None:
             scores = classifies(expected, data.labels)
             judged = Judged(
-                {n: Drift(scores) for n in runners}, Drift(False), 0.0, [], 0, scores, labelled=scores and labels is not None
+                {n: Drift(scores) for n in runners},
+                Drift(False),
+                0.0,
+                [],
+                0,
+                scores,
+                labelled=scores and labels is not None,
             )
             judged.classes = next(iter(expected.values())).shape[1] if scores else 0
         outputs = {name: runner(batch) for name, runner in runners.items()}

@@ -195,7 +195,11 @@ def _samples(options: Options, captured: Captured, work: Path) -> Samples:
     keywords = {"python": options.python, "work": work, "preprocessing": options.preprocessing}
     if options.evaluation is None:
         data = open_data(
-            options.calibration, captured.inputs, labels=options.labels, limit=options.samples, **keywords  # type: ignore[arg-type]
+            options.calibration,
+            captured.inputs,
+            labels=options.labels,
+            limit=options.samples,
+            **keywords,  # type: ignore[arg-type]
         )
         calibration, evaluation = hold_out(data, EVALUATION_SHARE, seed=options.seed)
         return Samples(calibration, evaluation, "a fifth of the calibration data, set aside", data.notes)
@@ -240,7 +244,9 @@ def _one(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     session = target.open(path, threads=options.threads)
     judged = _judged(run, made, session, profile, target_name, first)
     latency, note = _latency(run, target, session, kept_twin)
-    result = _result(run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note)
+    result = _result(
+        run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
+    )
     result = result.model_copy(update={"gates": tuple(evaluate(result, options.budget))})
     _manifest(run, home, result, path, kept_twin)
     return result
@@ -465,7 +471,9 @@ def _manifest(run: Run, home: Path, result: schema.Result, path: Path, twin: Pat
         "float_file": twin.relative_to(home).as_posix(),
         "float_sha256": output.file_hashes(twin),
         "recipe": result.recipe,
-        "inputs": [{"name": i.name, "shape": [run.batch, *i.sample_shape], "dtype": i.dtype} for i in run.captured.inputs],
+        "inputs": [
+            {"name": i.name, "shape": [run.batch, *i.sample_shape], "dtype": i.dtype} for i in run.captured.inputs
+        ],
         "outputs": list(run.captured.outputs),
         "executor": result.executor,
     }
@@ -490,9 +498,7 @@ def _report(run: Run, results: list[schema.Result], seconds: float) -> schema.Re
     report = schema.Report(
         command=run.options.command,
         seed=run.options.seed,
-        model=schema.ModelFacts(
-            name=captured.name, parameters=captured.parameters, fingerprint=captured.fingerprint
-        ),
+        model=schema.ModelFacts(name=captured.name, parameters=captured.parameters, fingerprint=captured.fingerprint),
         calibration=schema.Calibration(
             samples=len(samples.calibration),
             fingerprint=samples.calibration.fingerprint,

@@ -26,7 +26,7 @@ class QuantizeDynamic:
             if what == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
                 reason = plan.keep_float.get(layer_name(node))
                 if reason is None:
-                    quantize_weight(graph, node, plan.weight_max, plan.per_channel)
+                    quantize_weight(graph, node, plan)
                 action = "int8 table" if reason is None else "left float"
                 ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or ""))
             elif what in ("conv", "linear", "conv_transpose", "matmul", "attention"):

@@ -158,7 +158,12 @@ def _weights(graph: GraphModule, node: Node, plan: Plan) -> None:
     input_scale = float(step) if isinstance(step, float) else None
     whole = plan.int32_bias and bias is not None and input_scale is not None
     scales = weight_scales(
-        weight, plan.weight_max, plan.per_channel, bias if whole else None, input_scale if whole else None
+        weight,
+        plan.weight_max,
+        plan.per_channel,
+        bias if whole else None,
+        input_scale if whole else None,
+        plan.half_scales,
     )
     made = store_codes(graph, node, weight_codes(weight, scales, plan.weight_max), scales, plan.weight_max)
     node.args = (node.args[0], made, *node.args[2:])

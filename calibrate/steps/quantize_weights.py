@@ -24,7 +24,7 @@ class QuantizeWeights:
                 continue
             reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
             if reason is None:
-                quantize_weight(graph, node, context.plan.weight_max, context.plan.per_channel)
+                quantize_weight(graph, node, context.plan)
             action = "int8 weights" if reason is None else "left float"
             ledger.append(Entry("quantize_weights", layer_name(node), action, reason or kind(node)))
         return ledger

@@ -1,0 +1,98 @@
+"""Faults in a Core ML package."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from .._coreml_package import MODEL, WEIGHTS
+from ..errors import TargetError
+from ..mil.reader import read_spec
+from ._blocks import Block, Weight, faults_of
+
+_LAYERS = ("conv", "conv_transpose", "linear", "matmul")
+_OPERANDS = ("weight", "y", "x")
+_PACKED = ("quantized_data", "data")  # of constexpr_affine_dequantize and constexpr_blockwise_shift_scale
+# MIL's DataType numbers (coremltools' MIL.proto) of what is stored byte by byte.
+_DTYPES = {10: "float16", 11: "float32", 21: "int8", 23: "int32", 31: "uint8"}
+# Blob storage: 64 bytes of metadata in front of each array (coremltools' mlmodel/src/MILBlob/Blob/StorageFormat.hpp).
+_METADATA = struct.Struct("<IIQQ")
+_SENTINEL = 0xDEADBEEF
+
+
+def weights(path: Path) -> list[Weight]:
+    """The stored weights of layers, in the program's order. Raises TargetError for a damaged package."""
+    return _Program(path).weights()
+
+
+def data_file(path: Path) -> Path:
+    """The file with the weights; the program itself where it is small enough to hold them."""
+    blobs = path / "Data" / WEIGHTS / "weight.bin"
+    return blobs if blobs.is_file() else path / "Data" / MODEL
+
+
+class _Program:
+    """The operations of `main` by what they make, and the blobs behind their constants."""
+
+    def __init__(self, path: Path) -> None:
+        function = read_spec(path).mlProgram.functions["main"]
+        self.operations = list(function.block_specializations[function.opset].operations)
+        self.makers = {output.name: op for op in self.operations for output in op.outputs}
+        self.blobs = data_file(path)
+
+    def weights(self) -> list[Weight]:
+        """One for each layer with a constant operand."""
+        layers = [op for op in self.operations if op.type in _LAYERS]
+        return [weight for layer in layers if (weight := self._weight(layer)) is not None]
+
+    def _weight(self, layer: Any) -> Weight | None:
+        for operand in _OPERANDS:
+            maker = self._maker(layer, operand)
+            if maker is None:
+                continue
+            # A matmul's second operand has its output channels last; weights have them first.
+            axis = -1 if operand == "y" else 0
+            if maker.type == "const":
+                values = self._block(maker, "val")
+                return None if values is None else Weight(maker.outputs[0].name, values, axis)
+            for packed in _PACKED:
+                values = self._block(maker, packed)
+                if values is not None:
+                    return Weight(maker.outputs[0].name, values, axis, self._block(maker, "scale"))
+        return None
+
+    def _maker(self, op: Any, operand: str) -> Any | None:
+        """The constant or constexpr operation behind an operand; None for what is computed."""
+        if operand not in op.inputs or not op.inputs[operand].arguments:
+            return None
+        maker = self.makers.get(op.inputs[operand].arguments[0].name)
+        return maker if maker is not None and (maker.type == "const" or maker.type.startswith("constexpr_")) else None
+
+    def _block(self, op: Any, name: str) -> Block | None:
+        """The array behind an attribute, or behind the constant an input refers to; None when it is no blob."""
+        if name not in op.attributes:
+            maker = self._maker(op, name)
+            return None if maker is None or maker.type != "const" else self._block(maker, "val")
+        value = op.attributes[name]
+        if value.WhichOneof("value") != "blobFileValue":
+            return None
+        kind = value.type.tensorType
+        if kind.dataType not in _DTYPES:
+            return None
+        shape = tuple(int(d.constant.size) for d in kind.dimensions)
+        block = Block(self.blobs, self._data(value.blobFileValue.offset), _DTYPES[kind.dataType], shape)
+        return block
+
+    def _data(self, metadata: int) -> int:
+        """Where the array begins whose metadata lies at this offset."""
+        with self.blobs.open("rb") as file:
+            file.seek(metadata)
+            content = file.read(_METADATA.size)
+        if len(content) < _METADATA.size:
+            raise TargetError(f"{self.blobs.name} ends before the weights the program names")
+        sentinel, _, _, offset = _METADATA.unpack(content)
+        if sentinel != _SENTINEL:
+            raise TargetError(f"{self.blobs.name} has no weight at byte {metadata}")
+        return int(offset)
+
+
+FAULTS = faults_of(weights, data_file)
