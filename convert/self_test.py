@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import convert.rerun as rerunning
+from calibrate.samples import Batch
 from convert.errors import MissingDependency, TightfitError, user_errors
 from convert.progress import Progress
 from convert.record import Recorded
@@ -54,9 +55,7 @@ def _failed(gates: Sequence[GateResult], recorded: Recorded) -> list[str]:
 
 
 def _useless(recorded: Recorded, failed: Sequence[str]) -> GateResult:
-    reason = (
-        f"the check fails on the unmodified artifact already ({', '.join(failed)}), so no fault can be told from it"
-    )
+    reason = f"the unmodified artifact fails {', '.join(failed)} already, so no fault can be told from it"
     return _verdict(recorded, "unmodified", None, False, reason)
 
 
@@ -81,11 +80,12 @@ def _on_one(recorded: Recorded, threads: int, progress: Progress) -> list[GateRe
 def _first(recorded: Recorded, samples: int) -> Recorded:
     """The same record with its first samples only, a multiple of the batch."""
     count = max(samples // recorded.batch, 1) * recorded.batch
-    cut = {
-        field: {name: array[:count] for name, array in getattr(recorded, field).items()}
-        for field in ("inputs", "expected", "outputs")
-    }
-    return replace(recorded, **cut)
+
+    def cut(batch: Batch) -> Batch:
+        return {name: array[:count] for name, array in batch.items()}
+
+    inputs, expected, outputs = map(cut, (recorded.inputs, recorded.expected, recorded.outputs))
+    return replace(recorded, inputs=inputs, expected=expected, outputs=outputs)
 
 
 def _tripped(recorded: Recorded, threads: int) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ def _copy(source: Path, destination: Path) -> None:
             shutil.copyfile(source, destination)
     except OSError as error:
         raise TightfitError(
-            f"cannot copy {source} for the self-test: {error.strerror or error}. Free some space in the temporary folder."
+            f"cannot copy {source} for the self-test: {error.strerror or error}. "
+            "Free some space in the temporary folder."
         ) from error
 
 
