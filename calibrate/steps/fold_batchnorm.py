@@ -35,6 +35,8 @@ class FoldBatchnorm:
 
 def _refusal(node: Node) -> str | None:
     source = node.args[0]
+    if _uses_batch_statistics(node):
+        return "it normalises with the statistics of the batch"
     if not isinstance(source, Node) or not is_weighted(source):
         return "no convolution or linear layer with constant weights before it"
     if len(source.users) != 1:
@@ -42,14 +44,24 @@ def _refusal(node: Node) -> str | None:
     bias = source.args[2] if len(source.args) > 2 else None
     if bias is not None and not is_constant(bias):
         return f"the bias of {layer_name(source)} is computed"
+    if any(kind(n) == "getitem" and n.args[1] != 0 and n.users for n in node.users):
+        return "its saved statistics are read by something else"
     if kind(source) == "linear" and _rank(source) != 2:
         return "the channels it normalises are not the linear layer's outputs"
     return None
 
 
-def _rank(node: Node) -> int:
+def _uses_batch_statistics(node: Node) -> bool:
+    if "_no_training" in str(node.target):
+        return False
+    mean, var, training = node.args[3:6]
+    return bool(training) or mean is None or var is None
+
+
+def _rank(node: Node) -> int | None:
+    """How many axes the layer's output has; None where capture did not say."""
     value = node.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else 2
+    return value.dim() if isinstance(value, torch.Tensor) else None
 
 
 def _fold(graph: GraphModule, node: Node) -> None:
@@ -58,7 +70,7 @@ def _fold(graph: GraphModule, node: Node) -> None:
     gamma, beta, mean, var = (constant(graph, a).double() if isinstance(a, Node) else None for a in node.args[1:5])
     eps = next(a for a in reversed(node.args) if isinstance(a, float))
     assert mean is not None
-    assert var is not None
+    assert var is not None  # else _refusal had said so
     factor = 1 / torch.sqrt(var + eps)
     if gamma is not None:
         factor = factor * gamma
@@ -72,6 +84,9 @@ def _fold(graph: GraphModule, node: Node) -> None:
     new_weight = add_constant(graph, f"{name}_folded_weight", folded.to(weight.dtype), source)
     new_bias = add_constant(graph, f"{name}_folded_bias", shift.to(weight.dtype), source)
     source.args = (source.args[0], new_weight, new_bias, *source.args[3:])
+    for result in [n for n in node.users if kind(n) == "getitem"]:  # a decomposed batch norm returns a tuple
+        result.replace_all_uses_with(source)
+        graph.graph.erase_node(result)
     node.replace_all_uses_with(source)
     graph.graph.erase_node(node)
 
