@@ -23,9 +23,7 @@ def convert(job: Job, inputs: list[str], outputs: list[str]) -> Any:
     Raises TargetError naming operator and layer where coremltools refuses one.
     """
     ct = coremltools()
-    with quiet():
-        _register_half_weight()
-        program = prepare(job, supported())
+    program = _prepared(job)
     results = [node.meta["val"].dtype for node in program.graph.output_node().args[0]]
     entries = [getattr(torch, spec.dtype) for spec in job.inputs]
     try:
@@ -55,6 +53,18 @@ def _passes(ct: Any) -> Any:
     pipeline = ct.PassPipeline()
     pipeline.remove_passes({"common::distributive_quantized_binary_op_scale_normalization"})
     return pipeline
+
+
+def _prepared(job: Job) -> torch.export.ExportedProgram:
+    try:
+        with quiet():
+            _register_half_weight()
+            return prepare(job, supported())
+    except TargetError:
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TargetError(f"the graph cannot be exported at the shapes of its inputs: {cause}") from error
 
 
 def deployment_target(ct: Any, job: Job) -> Any:

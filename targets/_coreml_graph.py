@@ -24,6 +24,7 @@ MASKED = -3e4  # coremltools' own stand-in for -inf; the sum of two such masks i
 
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default}
 _IDENTITIES |= {aten.detach_.default, aten.lift_fresh_copy.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _KEPT = {qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE}
 _DYNAMIC = {qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D}
 _WHERE = {aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
@@ -137,6 +138,8 @@ def _clean(module: GraphModule, half: bool) -> None:
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in _VIEWS:  # a view may have leant on the contiguous copy that is gone
+            node.target = aten.reshape.default
     _tensor_where(module)
     _mark_half_weights(module, half)
     _fold(module)

@@ -10,7 +10,8 @@ class CoreMLTarget:
 
     Interface: float32 and int32 only, so integer and bool inputs and outputs of other types become int32 (bool: 0 is
     false, all else true) and other floats float32.
-    Numbers: `quantize` saturates at -128; codes planned for [-127, 127] may come out one step lower at that end.
+    Numbers: `quantize` saturates at the ends of its type, so activations whose codes use less are refused; with
+    float16 compute its scales are float16 too, and numbers below -65504 become -3e4 (see `finite_masks`).
     """
 
     suffix = ".mlpackage"

@@ -101,6 +101,7 @@ class Oddments(nn.Module):
         values, indices = picked.topk(2, dim=-1)
         w = torch.stack([a, b], 1).to(torch.float32, copy=True).roll(1, -1)
         w[:, 0] = 1.5
+        x = x.transpose(1, 2).contiguous().view(2, 3, 4)
         ones = x.new_full((x.shape[0], 4), 2.0) * torch.arange(4, dtype=x.dtype)
         mean = w.var(-1, keepdim=True, unbiased=False) + w.std(-1, keepdim=True)
         return z * ones + low.sum(-1, keepdim=True), values + mean.sum((1, 2))[:, None], indices
