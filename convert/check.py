@@ -7,7 +7,6 @@ from pathlib import Path
 import targets
 from convert.baseline import compare
 from convert.budget import read_budget
-from convert.errors import user_errors
 from convert.gates import Budget, evaluate
 from convert.latency import measure
 from convert.progress import Progress
@@ -24,10 +23,10 @@ AS_RECORDED = frozenset({"max_accuracy_drop", "max_fallbacks", "require_match"})
 
 @dataclass(frozen=True)
 class Checked:
-    """The verdicts on one artifact, and its result with the size measured now."""
+    """The verdicts on one artifact, and its result with the size measured now; None when files are missing."""
 
     gates: tuple[GateResult, ...]
-    result: Result
+    result: Result | None
 
 
 def check(
@@ -65,10 +64,10 @@ def _limits(budget: Path | None, results: Sequence[Result]) -> Budget:
 def _checked(recorded: Recorded, budget: Budget, threads: int, progress: Progress) -> Checked:
     again = rerun(recorded, threads)
     gates = artifact_gates(recorded, again)
-    missing = [p for p in (recorded.path, recorded.twin) if not p.exists()]
+    missing = [p for p in (recorded.path, recorded.twin) if not p.exists() or not targets.artifact_bytes(p)]
     if missing:
-        gates += _not_measured(recorded.result, budget, f"{missing[0].name} is missing")
-        return Checked(tuple(gates), recorded.result)
+        gates += _not_measured(recorded.result, budget, f"{missing[0].name} is missing or empty")
+        return Checked(tuple(gates), None)
     now = _result_now(recorded, again, budget, threads, progress)
     verdicts = evaluate(now, budget)
     gates += [_marked(v) for v in verdicts]
@@ -76,10 +75,9 @@ def _checked(recorded: Recorded, budget: Budget, threads: int, progress: Progres
 
 
 def _not_measured(result: Result, budget: Budget, why: str) -> list[GateResult]:
+    reason, subject = f"not measured: {why}", result.subject
     return [
-        GateResult(
-            gate=name, limit=limit, value=None, passed=False, reason=f"not measured: {why}", subject=result.subject
-        )
+        GateResult(gate=name, limit=limit, value=None, passed=False, reason=reason, subject=subject)
         for name, limit in budget.limits(result.device, result.target).items()
     ]
 
@@ -115,9 +113,10 @@ def _latency(recorded: Recorded, again: Rerun, threads: int, progress: Progress)
     if not again.session.measures_latency:
         return None, f"{again.session.executor} shows numerics, its time says nothing about the device"
     sample = {name: array[: recorded.batch] for name, array in recorded.inputs.items()}
-    with user_errors(f"the float twin of {recorded.result.subject}"):
-        twin = targets.find(recorded.result.target).open(recorded.twin, threads=threads)
-        float_run = twin.bind(sample)
+    try:
+        float_run = targets.find(recorded.result.target).open(recorded.twin, threads=threads).bind(sample)
+    except Exception as error:  # runtimes share no base class for what a damaged file does to them
+        return None, f"the float twin does not run: {error}"
     progress.advance(0, None, "time")
     return measure(again.session.bind(sample), float_run, threads=threads), None
 
@@ -131,5 +130,6 @@ def _report_now(record: Record, checked: Sequence[Checked]) -> Report:
     results = [
         recorded.result.model_copy(update={"bytes": found.result.bytes})
         for recorded, found in zip(record.artifacts, checked, strict=True)
+        if found.result is not None
     ]
     return record.report.model_copy(update={"results": tuple(results)})

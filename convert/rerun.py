@@ -4,6 +4,8 @@
 `reproduces`: its outputs are those it gave when it was made. `record`: they are no farther from the float model's.
 """
 
+import contextlib
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +46,9 @@ def rerun(recorded: Recorded, threads: int) -> Rerun:
     with user_errors(recorded.result.subject):
         target = targets.find(recorded.result.target)
     try:
-        session = target.open(recorded.path, threads=threads)
-        outputs = _run(session, recorded)
+        with contextlib.redirect_stdout(io.StringIO()):  # ONNX Runtime prints on stdout when a load fails
+            session = target.open(recorded.path, threads=threads)
+            outputs = _run(session, recorded)
     except MissingRuntime as error:
         raise MissingDependency(f"{recorded.result.subject}: {error}") from error
     except ImportError as error:
@@ -80,10 +83,7 @@ def reproduces(recorded: Recorded, again: Rerun) -> GateResult:
     other one; the rounding of an output that passes through half precision comes on top.
     """
     step = recorded.result.match.output_step or 0.0
-    largest = max(
-        (float(np.abs(v).max(initial=0)) for v in recorded.outputs.values() if v.dtype.kind == "f"), default=0.0
-    )
-    limit = step + (HALF_SPACING * largest if math.isfinite(largest) else 0.0)
+    limit = step + HALF_SPACING * _largest_float(recorded.outputs)
     if again.failure:
         return _verdict(recorded, "reproduces", limit, None, False, "not measured: the artifact did not run")
     difference = _drift(recorded.outputs, again.outputs).max_abs
@@ -93,6 +93,7 @@ def reproduces(recorded: Recorded, again: Rerun) -> GateResult:
     reason = "the same to the last bit" if difference == 0 else "within one output step of when it was made"
     if not passed:
         reason = f"differs from when it was made by {difference:.6g}; one output step is {step:.6g}"
+        reason += _elsewhere(recorded, again)
     return _verdict(recorded, "reproduces", limit, difference, passed, reason)
 
 
@@ -106,7 +107,10 @@ def record(recorded: Recorded, again: Rerun) -> GateResult:
         return _verdict(recorded, "record", limit, None, False, "not measured: the artifact did not run")
     now = min(_drift(recorded.expected, again.outputs).sqnr_db, ROUNDING_DB)
     passed = now >= limit
-    reason = "" if passed else f"{now:.1f} dB against float on the reference samples, where it had {before:.1f} dB"
+    reason = ""
+    if not passed:
+        reason = f"{now:.1f} dB against float on the reference samples, where it had {before:.1f} dB"
+        reason += _elsewhere(recorded, again)
     return _verdict(recorded, "record", limit, now if math.isfinite(now) else None, passed, reason)
 
 
@@ -157,6 +161,18 @@ def _changes(path: Path, hashes: dict[str, str]) -> list[str]:
     changes += [f"{name} changed" for name in hashes if name in found and found[name] != hashes[name]]
     place = f"{path.parent.name}/" if path.parent.name == "float" else ""
     return [place + change for change in changes]
+
+
+def _largest_float(outputs: Batch) -> float:
+    """The largest finite magnitude among floating-point outputs; 0 without any."""
+    floats = [np.abs(v[np.isfinite(v)]) for v in outputs.values() if v.dtype.kind == "f"]
+    return max((float(v.max(initial=0.0)) for v in floats), default=0.0)
+
+
+def _elsewhere(recorded: Recorded, again: Rerun) -> str:
+    """What else may explain a difference: another runtime than the one that made the record."""
+    now, then = again.session.executor if again.session else "", recorded.result.executor
+    return "" if now == then else f"; run by {now}, recorded by {then}"
 
 
 def _drift(reference: Batch, value: Batch, classifies: bool = False) -> Drift:

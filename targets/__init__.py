@@ -65,6 +65,11 @@ class Session(Protocol):
     executor: str
     measures_latency: bool
 
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What `run` takes, in the artifact's order, batch included. Raises TargetError where a shape is open."""
+        ...
+
     def run(self, inputs: Batch) -> Batch:
         """Run one batch of exactly the artifact's shape; outputs by name, dequantized to float where quantized."""
         ...

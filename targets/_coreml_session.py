@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.samples import Batch
+from calibrate.samples import Batch, InputSpec
 
 from . import Session
 from ._coreml_package import stored_names
 from .errors import TargetError
 from .mil.program import Program
 from .mil.reader import coremltools, quiet, read_spec
+from .mil.values import torch_dtype
 
 
 def open_session(path: Path, threads: int) -> Session:
@@ -35,6 +36,19 @@ class ReferenceSession:
         self._program = Program.load(path)
         self._names = names
         self._threads = threads
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What `run` takes, by the job's names."""
+        return tuple(
+            InputSpec(
+                self._names.get(value.name, value.name),
+                value.shape,
+                str(torch_dtype(value.dtype)).removeprefix("torch."),
+                dynamic_batch=False,
+            )
+            for value in self._program.inputs
+        )
 
     def run(self, inputs: Batch) -> Batch:
         """Outputs by the job's names; float16 comes out as float32, integers as int32."""
@@ -67,9 +81,23 @@ class CoreMLSession:
             raise TargetError(f"Core ML cannot load {path}: {error}") from error
         description = self._model.get_spec().description
         self._order = [feature.name for feature in description.output]
+        self._inputs = list(description.input)
         self._integers = {f.name for f in description.input if f.type.multiArrayType.dataType == _INT32}
         self._names = names
         self.executor = f"Core ML on macOS {platform.mac_ver()[0]} (coremltools {ct.__version__})"
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What `run` takes, by the job's names."""
+        return tuple(
+            InputSpec(
+                self._names.get(feature.name, feature.name),
+                tuple(int(d) for d in feature.type.multiArrayType.shape),
+                "int32" if feature.name in self._integers else "float32",
+                dynamic_batch=False,
+            )
+            for feature in self._inputs
+        )
 
     def run(self, inputs: Batch) -> Batch:
         """Outputs by the job's names, in the model's order."""

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from calibrate.samples import Batch
+from calibrate.samples import Batch, InputSpec
 
 from .errors import TargetError
 
 PROVIDERS = ["CPUExecutionProvider"]
+_DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not NumPy's
 
 
 class OnnxSession:
@@ -28,6 +29,11 @@ class OnnxSession:
         self._names = [o.name for o in self._session.get_outputs()]
         providers = ", ".join(self._session.get_providers())
         self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers})"
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What `run` takes; raises TargetError for an axis without a fixed length."""
+        return tuple(_spec(value) for value in self._session.get_inputs())
 
     def run(self, inputs: Batch) -> Batch:
         """Run one batch; {output name: array}."""
@@ -56,6 +62,13 @@ class OnnxSession:
                 )
             arrays[spec.name] = array
         return arrays
+
+
+def _spec(value: onnxruntime.NodeArg) -> InputSpec:
+    if not all(isinstance(length, int) for length in value.shape):
+        raise TargetError(f"the artifact's input '{value.name}' has the open shape {value.shape}; export fixed shapes.")
+    name = value.type.removeprefix("tensor(").removesuffix(")")
+    return InputSpec(value.name, tuple(value.shape), _DTYPES.get(name, name), dynamic_batch=False)
 
 
 def session_options() -> onnxruntime.SessionOptions:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.samples import Array, Batch
+from calibrate.samples import Array, Batch, InputSpec
 
 from ._tflite_file import SIGNATURE
 from .errors import MissingRuntime, TargetError
@@ -76,6 +76,14 @@ class TFLiteSession:
         xnnpack = any(d["op_name"] == "DELEGATE" for d in self._interpreter._get_ops_details())
         self.executor = (
             f"{name} ({'XNNPACK' if xnnpack else 'built-in kernels'}, {threads} thread{'s' * (threads > 1)})"
+        )
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What `run` takes."""
+        return tuple(
+            InputSpec(name, tuple(int(d) for d in detail["shape"]), np.dtype(detail["dtype"]).name, dynamic_batch=False)
+            for name, detail in self._inputs.items()
         )
 
     def run(self, inputs: Batch) -> Batch:
