@@ -108,10 +108,14 @@ def read_manifest(out: Path, device: str) -> Manifest:
         raise TightfitError(f"{path} is damaged: {where}: {first['msg']}. Convert again.") from error
 
 
-def manifest_inputs(out: Path, entry: ManifestArtifact, samples: int) -> Batch:
-    """The first `samples` stored inputs of an artifact; raises TightfitError when they are not there."""
+def first_inputs(out: Path, entry: ManifestArtifact) -> Batch:
+    """One batch of an artifact's stored inputs; raises TightfitError when they are missing or do not fit."""
     arrays = _reference(out / REFERENCE)
-    return {i.name: _array(arrays, f"input/{i.name}")[:samples] for i in entry.inputs}
+    batch = {i.name: _array(arrays, f"input/{i.name}")[: i.shape[0]] for i in entry.inputs}
+    wrong = [i.name for i in entry.inputs if batch[i.name].shape != i.shape]
+    if wrong:
+        raise TightfitError(f"{out / REFERENCE} does not fit {entry.file}: input {wrong[0]} has another shape.")
+    return batch
 
 
 def _refuse_foreign(out: Path) -> None:
