@@ -4,17 +4,22 @@ import torch
 from torch import Tensor
 
 BINS = 4096
+# float32 exponents as frexp gives them: -148 (subnormal) to 128.
+LOWEST_EXPONENT = -148
+EXPONENTS = 128 - LOWEST_EXPONENT + 1
 
 
 class Histogram:
     """Counts of a stream of values over [-limit, limit], `limit` a power of two that doubles when values outgrow it.
 
-    Doubling merges pairs of bins, so no count is lost; the exact minimum and maximum are kept beside.
+    Doubling merges pairs of bins, so no count is lost. Beside it: the exact minimum and maximum, and how many values
+    have which exponent, as one far value makes the bins too wide to show the size of all others.
     """
 
     def __init__(self) -> None:
         self.limit = 2.0**-20
         self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.exponents = torch.zeros(EXPONENTS, dtype=torch.float64)
         self.low = float("inf")
         self.high = float("-inf")
         self.finite = True
@@ -28,6 +33,8 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow(max(abs(low), abs(high)))
         self.counts += torch.histc(x, BINS, -self.limit, self.limit).double()
+        exponents = torch.frexp(x[x != 0]).exponent.long() - LOWEST_EXPONENT
+        self.exponents += torch.bincount(exponents, minlength=EXPONENTS).double()
 
     def merge(self, other: "Histogram") -> None:
         """Take in the counts of another histogram."""
@@ -39,6 +46,15 @@ class Histogram:
         while limit < self.limit:
             theirs, limit = _halve(theirs), limit * 2
         self.counts += theirs
+        self.exponents += other.exponents
+
+    def magnitude(self, share: float) -> float:
+        """A power of two that `share` of the nonzero values do not exceed, the least such; 0 when all are zero."""
+        total = float(self.exponents.sum())
+        if total == 0:
+            return 0.0
+        reached = self.exponents.cumsum(0) >= share * total
+        return float(2.0 ** (int(reached.nonzero()[0]) + LOWEST_EXPONENT))
 
     def _grow(self, reach: float) -> None:
         while self.limit < reach:

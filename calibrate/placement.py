@@ -142,7 +142,7 @@ class _Placer:
                 n = union[n]
             return n
 
-        chosen = [n for n in self.nodes if (n in demanded or n in forced) and kind(n) != "split"]
+        chosen = [n for n in self.nodes if (n in demanded or n in forced) and not _gives_several(n)]
         for node in self.nodes:
             if self._moves(node) and (node in demanded or any(u in demanded for u in _outputs(node))):
                 members = [*_tensors(node), *(o for o in _outputs(node) if o in demanded)]
@@ -217,7 +217,12 @@ def _has_constant(node: Node) -> bool:
 
 
 def _outputs(node: Node) -> list[Node]:
-    return [u for u in node.users if kind(u) == "getitem"] if kind(node) == "split" else [node]
+    return [u for u in node.users if kind(u) == "getitem"] if _gives_several(node) else [node]
+
+
+def _gives_several(node: Node) -> bool:
+    """True for split and the like: the tensors are the getitems behind it."""
+    return any(kind(u) == "getitem" for u in node.users)
 
 
 def _used(node: Node, demanded: set[Node]) -> bool:

@@ -24,6 +24,8 @@ from .plan import Plan, QParams
 Progress = Callable[[int], None]
 # Smallest normal float16: below it steps between neighbours no longer shrink with the number.
 SMALLEST_HALF = 2.0**-14
+# The product of two such scales, a kernel's step, is still a normal float32 number.
+SMALLEST_FLOAT = 2.0**-63
 
 
 def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
@@ -43,10 +45,12 @@ def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
 
 
 def representable(scale: float, plan: Plan) -> float:
-    """The nearest scale the runtime can store: float32, or float16 not below the smallest normal one; 1 for 0."""
+    """The nearest scale the runtime can store, float32 or float16 and not below the smallest that serves; 1 for 0."""
+    if scale == 0:
+        return 1.0
     if plan.half_scales:
-        return float(np.float16(max(scale, SMALLEST_HALF))) if scale else 1.0
-    return float(np.float32(scale)) or 1.0
+        return float(np.float16(max(scale, SMALLEST_HALF)))
+    return float(np.float32(max(scale, SMALLEST_FLOAT)))
 
 
 def fake_quantize(x: Tensor, q: QParams) -> Tensor:

@@ -14,7 +14,9 @@ from .graph import constant, kind
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
 EXACT = 2.0**24
 HALF_MAX = 65504.0
-# How a kernel adds two int8 tensors of different scales: in float32, or in fixed point as XNNPACK does.
+# A float32 bias that is a whole number of steps carries the rounding of two products and a division.
+WHOLE = 4 * torch.finfo(torch.float32).eps
+# How a kernel adds two int8 tensors of different scales: in float32 as ONNX Runtime, in fixed point as XNNPACK.
 Adder = Literal["float", "fixed_point"]
 
 
@@ -49,23 +51,31 @@ class Simulation(Interpreter):
     bias in it, and where its output is quantized (a relu or clamp between) one multiplication by the float32 number
     input_scale * weight_scale / output_scale, rounded half to even. In float32 where the largest possible sum stays
     below 2^24, else in float64. A mean of codes is an exact sum and one such multiplication; an add of codes follows
-    `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits). A matmul of two dequantized tensors runs in float64.
+    `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits; ONNX Runtime's QLinearAdd: three float32 operations, checked
+    against it code by code). A matmul of two dequantized tensors runs in float64.
 
     Everything else runs as the graph is written. With `compute` "float16" the whole graph does, and every float32 value
     is rounded to float16 (saturated at ±65504) after the node that makes it: runtimes that compute in halves dequantize
     to halves, and store halves that they summed in single precision.
+
+    `jitter` moves every value that is about to be quantized by up to this share of itself, at random with a fixed seed:
+    what comes out then shows how far rounding in another order can carry the output.
     """
 
-    def __init__(self, graph: GraphModule, compute: str = "float32", adder: Adder = "float") -> None:
+    def __init__(
+        self, graph: GraphModule, compute: str = "float32", adder: Adder = "float", jitter: float = 0.0
+    ) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self._half = compute == "float16"
         self._adder = adder
+        self._jitter = jitter
+        self._random = torch.Generator().manual_seed(0)
         self._kernels: dict[Node, _Kernel] = {}
         self._wide: set[Node] = set()
         self._outputs: dict[Node, _Output] = {}  # compute node -> how its codes are written
         self._written: dict[Node, Node] = {}  # quantize node -> the compute node whose codes it stands for
         self._codes: dict[Node, Tensor] = {}
-        if not self._half:
+        if not self._half and not jitter:
             for node in graph.graph.nodes:
                 self._recognise(graph, node)
 
@@ -81,7 +91,7 @@ class Simulation(Interpreter):
         if found is None:
             return
         source, output = found
-        if source in self._kernels or _is_mean(source) or (self._adder == "fixed_point" and _is_add(source)):
+        if source in self._kernels or _is_mean(source) or _is_add(source):
             self._outputs[source], self._written[node] = output, source
 
     def run_node(self, n: Node) -> Any:
@@ -102,20 +112,24 @@ class Simulation(Interpreter):
             wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
             return n.target(*wide, **kwargs).float()
         if n in self._outputs:
-            self._codes[n] = (_mean_codes if _is_mean(n) else _add_codes)(n, args, self._outputs[n])
+            write = _mean_codes if _is_mean(n) else _float_add if self._adder == "float" else _fixed_point_add
+            self._codes[n] = write(n, args, self._outputs[n])
+        if self._jitter and n.target in (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+            noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
+            return n.target(args[0] * (1 + self._jitter * noise), *args[1:], **kwargs)
         return super().run_node(n)
 
     def _run_kernel(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         kernel = self._kernels[node]
         bias = args[2] if len(args) > 2 else None
         codes = torch.round(args[0].to(kernel.dtype) / kernel.input_scale)
-        total = node.target(codes, kernel.codes, None, *args[3:], **kwargs)  # type: ignore[operator]
+        total = node.target(codes, kernel.codes, None, *args[3:], **kwargs)
         channels = (1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,)
         unit = kernel.unit.view(channels)
         if bias is not None:
             steps = bias.double() / kernel.unit.double()
             whole = torch.round(steps)
-            if bool(((steps - whole).abs() >= 1e-3).any()):  # a bias of its own precision: added after the scale
+            if bool(((steps - whole).abs() > WHOLE * steps.abs()).any()):  # a bias of its own precision: added after the scale
                 return (total.float() * unit + bias.view(channels)).float()
             total = (total.double() + whole.view(channels)).float()
         output = self._outputs.get(node)
@@ -136,7 +150,7 @@ def _kernel(graph: GraphModule, node: Node) -> _Kernel | None:
         return None
     assert isinstance(scales_node, Node)
     codes = constant(graph, codes_node)
-    reach = int(x.args[4]) - int(x.args[3])  # type: ignore[arg-type]
+    reach = int(x.args[4]) - int(x.args[3])
     largest = float(codes.float().abs().flatten(1).sum(1).max()) * reach
     dtype = torch.float32 if largest < EXACT else torch.float64
     unit = torch.tensor(x.args[1], dtype=torch.float32) * constant(graph, scales_node)
@@ -200,7 +214,7 @@ def _steps(value: Tensor, source: object) -> tuple[Tensor, float]:
     return torch.round(value.double() / scale), scale
 
 
-def _add_codes(node: Node, args: Any, output: _Output) -> Tensor:
+def _fixed_point_add(node: Node, args: Any, output: _Output) -> Tensor:
     """XNNPACK's add: fixed-point multipliers of the two scale ratios, one rounding shift, half up."""
     a, scale_a = _steps(args[0], node.args[0])
     b, scale_b = _steps(args[1], node.args[1])
@@ -209,6 +223,20 @@ def _add_codes(node: Node, args: Any, output: _Output) -> Tensor:
     left, right = (torch.round(ratios.double() * 2.0**shift)).tolist()
     total = torch.floor((2.0 ** (shift - 1) + left * a + right * b) / 2.0**shift)
     return torch.clamp(total + output.zero_point, output.low, output.high).to(output.dtype)
+
+
+def _float_add(node: Node, args: Any, output: _Output) -> Tensor:
+    """QLinearAdd: round(a * ra + (b * rb + c)) on codes with their zero points, every operation in float32."""
+    codes, ratios, zeros = [], [], []
+    for value, source in zip(args[:2], node.args[:2], strict=True):
+        steps, scale = _steps(value, source)
+        zero = source.args[2]
+        codes.append((steps + zero).float())
+        ratios.append(torch.tensor(scale, dtype=torch.float32) / torch.tensor(output.scale, dtype=torch.float32))
+        zeros.append(zero)
+    offset = output.zero_point - (ratios[0] * zeros[0] + ratios[1] * zeros[1])
+    total = torch.round(codes[0] * ratios[0] + (codes[1] * ratios[1] + offset))
+    return torch.clamp(total, output.low, output.high).to(output.dtype)
 
 
 def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
@@ -221,10 +249,10 @@ def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
 
 
 def simulate(
-    graph: GraphModule, compute: str = "float32", adder: Adder = "float"
+    graph: GraphModule, compute: str = "float32", adder: Adder = "float", jitter: float = 0.0
 ) -> Callable[[Iterable[Tensor]], tuple[Tensor, ...]]:
     """A callable that runs `graph` as integer kernels would; see `Simulation`."""
-    interpreter = Simulation(graph, compute, adder)
+    interpreter = Simulation(graph, compute, adder, jitter)
 
     def call(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():

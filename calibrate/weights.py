@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from . import qdq
 from .graph import add_constant, constant, layer_name, weight_nodes
 from .plan import Plan
+from .ranges import SMALLEST_FLOAT
 
 
 def weight_scales(
@@ -27,7 +28,7 @@ def weight_scales(
         reach = reach.amax().expand_as(reach).clone()
     largest = float(reach.max()) or 1.0
     reach = torch.where(reach > 0, reach, torch.full_like(reach, largest))
-    scales = reach / weight_max
+    scales = (reach / weight_max).clamp(min=SMALLEST_FLOAT)
     if bias is not None and input_scale is not None:
         scales = torch.maximum(scales, bias.detach().abs().double() / (input_scale * 2**30))
     if half_scales:  # rounded up: rounding down would clip the largest weight

@@ -21,18 +21,25 @@ from targets import Session
 
 Runner = Callable[[Batch], Batch]
 LAYER_SAMPLES = 32
+# How far a value in front of a quantizer may lie from the simulation's for no other reason than the order in which
+# float numbers were added: a hundred roundings of float32, two of float16.
+JITTER, HALF_JITTER = 2.0**-17, 2.0**-10
 
 
 @dataclass
 class Judged:
-    """What the held-out samples showed. `stages` in order, the artifact last; `match` is artifact against simulation."""
+    """What the held-out samples showed. `stages` in order, the artifact last; `match` is artifact against simulation.
+
+    `unsteady` is the simulation against itself with jitter, where outputs are float and activations are codes.
+    """
 
     stages: dict[str, Drift]
     match: Drift
-    output_range: float
-    layers: list[tuple[str, OutputDrift]]
-    samples: int
+    unsteady: Drift
     classifies: bool
+    output_range: float = 0.0
+    layers: list[tuple[str, OutputDrift]] = field(default_factory=list)
+    samples: int = 0
     correct_float: int = 0
     correct_artifact: int = 0
     class_agreement: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -41,13 +48,13 @@ class Judged:
 
 
 def graph_runner(
-    captured: Captured, graph: GraphModule, compute: str, artifact_batch: int, adder: Adder = "float"
+    captured: Captured, graph: GraphModule, compute: str, artifact_batch: int, adder: Adder = "float", jitter: float = 0.0
 ) -> Runner:
     """`graph` as the artifact should compute it: integer kernels exact, the rest in `compute`.
 
     A graph that takes ranges at run time runs in slices of the artifact's batch: its numbers depend on the company.
     """
-    call = simulate(graph, compute, adder)
+    call = simulate(graph, compute, adder, jitter)
 
     def once(batch: Batch) -> Batch:
         return _named(captured, call(tensors(batch, captured.inputs)))
@@ -121,26 +128,25 @@ def judge(
     if compute == "float16":
         simulated = "float16 arithmetic"
         runners[simulated] = graph_runner(captured, last_graph, "float16", artifact_batch)
+    jitter = None
+    if output_step(last_graph) is None and _quantizes_activations(last_graph):
+        amount = HALF_JITTER if compute == "float16" else JITTER
+        jitter = graph_runner(captured, last_graph, compute, artifact_batch, adder, amount)
     runners["artifact"] = session_runner(session, artifact_batch)
     judged: Judged | None = None
     for batch, labels in evaluation_batches(captured, data, artifact_batch):
         expected = reference(batch)
         if judged is None:
             scores = classifies(expected, data.labels)
-            judged = Judged(
-                {n: Drift(scores) for n in runners},
-                Drift(False),
-                0.0,
-                [],
-                0,
-                scores,
-                labelled=scores and labels is not None,
-            )
+            stages = {name: Drift(scores) for name in runners}
+            judged = Judged(stages, Drift(False), Drift(False), scores, labelled=scores and labels is not None)
             judged.classes = next(iter(expected.values())).shape[1] if scores else 0
         outputs = {name: runner(batch) for name, runner in runners.items()}
         for name, value in outputs.items():
             judged.stages[name].add(expected, value)
         judged.match.add(outputs[simulated], outputs["artifact"])
+        if jitter is not None:
+            judged.unsteady.add(outputs[simulated], jitter(batch))
         _count(judged, expected, outputs["artifact"], labels)
         keep("input", batch)
         keep("float", expected)
@@ -165,6 +171,11 @@ def _count(judged: Judged, expected: Batch, got: Batch, labels: NDArray | None) 
         here = labels == label
         seen, same = judged.class_agreement.get(int(label), (0, 0))
         judged.class_agreement[int(label)] = (seen + int(here.sum()), same + int((wanted[here] == found[here]).sum()))
+
+
+def _quantizes_activations(graph: GraphModule) -> bool:
+    kinds = (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D)
+    return any(n.target in kinds for n in graph.graph.nodes)
 
 
 def output_step(graph: GraphModule) -> float | None:

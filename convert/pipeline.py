@@ -415,29 +415,42 @@ def _finite(value: float) -> float | None:
 
 
 def _match(made: Compressed, judged: Judged) -> schema.Match:
+    """The artifact against the simulation. A float output has no step of its own: there it is 1/255 of its range, or
+    how far the simulation itself moves when float rounding is jittered, whichever is more."""
     step = output_step(made.graph)
-    unit = step if step is not None else judged.output_range / 255
+    moved = judged.unsteady.max_abs if judged.unsteady.outputs else 0.0
+    unit = step if step is not None else max(judged.output_range / 255, moved)
     difference = judged.match.max_abs
     exact = difference == 0 and judged.match.share_equal == 1
-    within = bool(difference <= unit * (1 + 1e-5))
+    # An output stored in half precision is itself rounded to one part in 2^11.
+    slack = 2.0**-11 * judged.output_range if made.decision.compute == "float16" else 1e-6 * judged.output_range
+    within = bool(difference <= unit + slack)
     return schema.Match(
         exact=exact,
         max_abs=_finite(difference),
-        output_step=unit,
+        output_step=_finite(unit),
         within_one_step=within,
         share_equal=judged.match.share_equal,
-        reason="" if exact else _why_not_exact(made, step is not None, within),
+        reason="" if exact else _why_not_exact(made, step is not None, moved, within),
     )
 
 
-def _why_not_exact(made: Compressed, codes: bool, within: bool) -> str:
-    unit = "The step is the output's own scale." if codes else "Outputs are float; the step is 1/255 of their range."
+def _why_not_exact(made: Compressed, codes: bool, moved: float, within: bool) -> str:
+    if codes:
+        unit = "The step is the output's own scale."
+    elif moved:
+        unit = (
+            "Outputs are float; the step is 1/255 of their range, or what the simulation's own outputs move by "
+            f"({moved:.3g}, measured) when values about to be quantized are moved by float rounding."
+        )
+    else:
+        unit = "Outputs are float; the step is 1/255 of their range."
     if made.decision.compute == "float16":
         cause = "Half-precision results depend on where the runtime rounds: after other operators than the simulation."
-    elif any(s.startswith("quantize_") for s in made.decision.plan.steps):
+    elif any(s in ("quantize_static", "quantize_dynamic") for s in made.decision.plan.steps):
         cause = (
-            "The runtime adds float32 numbers in another order and scales accumulators with another rounding, "
-            "so a value that lies between two codes can fall to the other one, and later layers carry that on."
+            "The runtime adds float32 numbers in another order, so a value that lies between two codes can fall to the "
+            "other one, and later layers carry that on."
         )
     else:
         cause = "The runtime adds float32 numbers in another order."

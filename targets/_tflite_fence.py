@@ -115,7 +115,16 @@ def _rounds_unasked(node: Node) -> bool:
 def _moves_constant(node: Node) -> bool:
     """True for a concat and the like of computed values with a float constant, which would have to become codes."""
     inputs = node.all_input_nodes if graphs.kind(node) in ("cat", "stack", "where", "scatter") else []
-    return any(graphs.is_constant(i) for i in inputs) and not all(graphs.is_constant(i) for i in inputs)
+    fixed = [_is_fixed(i) for i in inputs]
+    return any(fixed) and not all(fixed)
+
+
+def _is_fixed(node: Node) -> bool:
+    """True for a constant and for what is computed from constants alone: an expanded class token."""
+    if graphs.is_constant(node):
+        return True
+    sources = node.all_input_nodes
+    return node.op == "call_function" and bool(sources) and all(_is_fixed(s) for s in sources)
 
 
 def _reaches_codes(node: Node) -> bool:

@@ -15,7 +15,8 @@ from calibrate.ranges import candidates, fill_histograms, race
 from calibrate.steps import Context
 from calibrate.weights import store_codes, weight_codes, weight_scales
 
-# A tensor whose largest value is this many times its typical one holds a sentinel (a mask's -3e38), not data.
+# A tensor whose largest value is above this, and above this many times what a quarter of its values stay below, holds a
+# sentinel (a mask's -1e9), not data.
 SENTINEL = 1e6
 
 
@@ -118,12 +119,9 @@ def unquantizable(histogram: Histogram) -> str | None:
     if not histogram.finite:
         return "a tensor there holds infinities or values beyond 1e30 (a mask?)"
     reach = max(abs(histogram.low), abs(histogram.high))
-    below = histogram.counts.cumsum(0) / histogram.counts.sum().clamp(min=1)
-    values = histogram.centers.abs()
-    middle = (below > 0.25) & (below < 0.75)
-    typical = float(values[middle].max()) if middle.any() else reach
-    if reach > SENTINEL * max(typical, 1e-12) and reach > SENTINEL:
-        return f"a tensor there reaches {reach:.2g} where typical values are {typical:.2g} (a mask?)"
+    typical = histogram.magnitude(0.25)
+    if reach > SENTINEL * max(typical, 1.0):
+        return f"a tensor there reaches {reach:.2g} where a quarter of its values are below {typical:.2g} (a mask?)"
     return None
 
 
