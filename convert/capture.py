@@ -50,11 +50,13 @@ def capture(
     examples: Batch | None = None,
     python: Path | None = None,
     work: Path,
+    search_path: Path | None = None,
 ) -> Captured:
     """Capture `model` and measure how exactly the graph computes what the model itself computes.
 
     `examples` are real samples by input name ({"": array} for a single input); `inputs` fixes names, shapes and dtypes
-    where they can't be inferred; `python` is the interpreter for a module:function. Temporary files go to `work`.
+    where they can't be inferred; `python` is the interpreter for a module:function, which also finds modules in
+    `search_path`. Temporary files go to `work`.
     Raises TightfitError, or MissingDependency when an interpreter lacks something.
     """
     form = _form(model)
@@ -62,7 +64,7 @@ def capture(
         raise TightfitError(f"--weights goes with module:function; {model} brings its own weights.")
     if examples is not None and any(len(a) == 0 for a in examples.values()):
         raise TightfitError("the calibration data is empty; give at least one sample.")
-    raw = _raw(form, model, weights, inputs, examples, python, work)
+    raw = _raw(form, model, weights, inputs, examples, python, work, search_path)
     return _captured(model, form, raw)
 
 
@@ -74,11 +76,20 @@ def _raw(
     examples: Batch | None,
     python: Path | None,
     work: Path,
+    search_path: Path | None,
 ) -> "Raw":
     if form == "function":
         from convert.capture_factory import capture_factory
 
-        return capture_factory(model, weights=weights, inputs=inputs, examples=examples, python=python, work=work)
+        return capture_factory(
+            model,
+            weights=weights,
+            inputs=inputs,
+            examples=examples,
+            python=python,
+            work=work,
+            search_path=search_path,
+        )
     if form == "onnx":
         from convert.capture_onnx import capture_onnx
 
