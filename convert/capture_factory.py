@@ -33,8 +33,10 @@ def capture_factory(
     examples: Batch | None,
     python: Path | None,
     work: Path,
+    search_path: Path | None = None,
 ) -> Raw:
-    """Export what `reference` returns in `python` (ours when None), which sees PYTHONPATH and the working directory.
+    """Export what `reference` returns in `python` (ours when None), which sees PYTHONPATH and the working directory,
+    and `search_path` before them.
 
     Raises TightfitError with the user's own line where their side is at fault, MissingDependency for an interpreter
     that does not start or lacks a package. Nothing is left in `work`.
@@ -45,7 +47,7 @@ def capture_factory(
     folder = Path(tempfile.mkdtemp(prefix="capture-", dir=work))
     try:
         job = _write_job(folder, reference, weights, inputs, examples)
-        result = _run_child(job, folder, reference, python)
+        result = _run_child(job, folder, reference, python, search_path)
         return _read(folder, result, reference)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,10 +72,14 @@ def _write_job(
     return path
 
 
-def _run_child(job: Path, folder: Path, reference: str, python: Path | None) -> dict[str, Any]:
+def _run_child(
+    job: Path, folder: Path, reference: str, python: Path | None, search_path: Path | None
+) -> dict[str, Any]:
     command = [str(python or sys.executable), str(SCRIPT), str(job)]
     # A user's folder should not gain a __pycache__ because its model was read.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    if search_path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(search_path), os.environ.get("PYTHONPATH"))))
     try:
         with (folder / "log.txt").open("wb") as log:
             done = subprocess.run(

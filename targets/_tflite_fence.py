@@ -40,7 +40,7 @@ def insert_fences(graph: GraphModule, static: bool) -> int:
         elif static and (_rounds_unasked(node) or _moves_constant(node)):
             # The converter would move the DQ in front of such an operator behind it.
             for value in node.all_input_nodes:
-                if not graphs.is_constant(value):
+                if not _is_fixed(value):
                     node.replace_input_with(value, fences.of(value))
     return len(fences.made)
 
@@ -120,8 +120,8 @@ def _moves_constant(node: Node) -> bool:
 
 
 def _is_fixed(node: Node) -> bool:
-    """True for a constant and for what is computed from constants alone: an expanded class token."""
-    if graphs.is_constant(node):
+    """True for a constant and for what is computed from constants and sizes alone: an expanded class token."""
+    if graphs.is_constant(node) or graphs.kind(node) == "shape":
         return True
     sources = node.all_input_nodes
     return node.op == "call_function" and bool(sources) and all(_is_fixed(s) for s in sources)
