@@ -131,7 +131,14 @@ def kind(node: Node) -> str:
         return "qdq"
     if name in ("sym_size", "sym_constrain_range_for_size"):
         return "shape"
+    if name.startswith("adaptive_avg_pool") and _pools_all(node):
+        return "mean"  # what runtimes have a kernel for
     return KINDS.get(name, KINDS.get(name.rstrip("_"), "other"))
+
+
+def _pools_all(node: Node) -> bool:
+    size = node.args[1]
+    return all(n == 1 for n in (size if isinstance(size, list | tuple) else [size]))
 
 
 def layer_name(node: Node) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from . import qdq
-from .graph import constant, kind
+from .graph import MOVEMENT, constant, kind, operator_name
 
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
 EXACT = 2.0**24
@@ -94,6 +94,24 @@ class Simulation(Interpreter):
         if source in self._kernels or _is_mean(source) or _is_add(source):
             self._outputs[source], self._written[node] = output, source
 
+    @property
+    def rounds_freely(self) -> bool:
+        """Whether some codes are made from float arithmetic, whose last bit depends on the order of additions: from
+        something other than an integer kernel, moved codes or the input itself."""
+        if self._half:
+            return True
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+                return True
+            if node.target is not qdq.QUANTIZE or node in self._written:
+                continue
+            source = node.args[0]
+            while kind(source) in (*MOVEMENT, "max_pool", "getitem", "relu", "clamp"):
+                source = source.all_input_nodes[0]
+            if source.op != "placeholder" and source.target is not qdq.DEQUANTIZE:
+                return True
+        return False
+
     def run_node(self, n: Node) -> Any:
         value = self._run(n)
         if self._half and n.op != "output" and isinstance(value, Tensor) and value.dtype == torch.float32:
@@ -129,7 +147,9 @@ class Simulation(Interpreter):
         if bias is not None:
             steps = bias.double() / kernel.unit.double()
             whole = torch.round(steps)
-            if bool(((steps - whole).abs() > WHOLE * steps.abs()).any()):  # a bias of its own precision: added after the scale
+            if bool(
+                ((steps - whole).abs() > WHOLE * steps.abs()).any()
+            ):  # a bias of its own precision: added after the scale
                 return (total.float() * unit + bias.view(channels)).float()
             total = (total.double() + whole.view(channels)).float()
         output = self._outputs.get(node)
@@ -242,7 +262,11 @@ def _float_add(node: Node, args: Any, output: _Output) -> Tensor:
 def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
     """An exact sum of codes, then one multiplication by scale / (output scale * count)."""
     steps, scale = _steps(args[0], node.args[0])
-    total = steps.sum(args[1], keepdim=bool(args[2]) if len(args) > 2 else False)
+    if operator_name(node) == "mean":
+        axes, keep = args[1], bool(args[2]) if len(args) > 2 else False
+    else:  # adaptive pooling to one value per channel
+        axes, keep = list(range(2, steps.dim())), True
+    total = steps.sum(axes, keepdim=keep)
     count = steps.numel() // max(total.numel(), 1)
     divisor = torch.tensor(output.scale, dtype=torch.float32) * count
     return output.codes(total.float() * (torch.tensor(scale, dtype=torch.float32) / divisor))

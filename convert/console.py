@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -90,13 +91,14 @@ def show_report(report: "Report", folder: Path, json: bool) -> None:
 
 
 def results_table(report: "Report") -> Table:
-    """One row per artifact."""
-    table = Table(title=f"{escape(report.model.name)}: {report.model.parameters:,} parameters", title_justify="left")
-    for name in ("device", "target", "recipe"):
-        table.add_column(name, overflow="fold")
+    """One row per artifact; 80 columns are enough."""
+    title = f"{escape(report.model.name)}: {report.model.parameters:,} parameters"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("artifact", overflow="fold")
+    table.add_column("recipe")
     labelled = any(r.accuracy for r in report.results)
-    for name in ("drift dB", "same top-1", *(["accuracy"] if labelled else []), "KiB", "speed", "int8/float ops"):
-        table.add_column(name, justify="right")
+    for name in ("drift", "top-1 %" if labelled else "same top-1", "KiB", "speed", "int8 ops"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         table.add_row(*_row(result, labelled))
     return table
@@ -104,22 +106,19 @@ def results_table(report: "Report") -> Table:
 
 def _row(result: "Result", labelled: bool) -> list[str]:
     stage = result.drift.artifact
-    drift = "exact" if stage.exact else f"{stage.sqnr_db:.1f}" if stage.sqnr_db is not None else "[red]none[/red]"
+    drift = "exact" if stage.exact else f"{stage.sqnr_db:.1f} dB" if stage.sqnr_db is not None else "[red]none[/red]"
     same = "-" if stage.top1_agreement is None else f"{stage.top1_agreement:.2%}"
-    accuracy = []
     if labelled:
         found = result.accuracy
-        accuracy = ["-" if found is None else f"{found.float_:.2%} → {found.artifact:.2%}"]
-    placement = f"{result.placement.int8_ops}/{result.placement.float_ops}"
+        same = "-" if found is None else f"{100 * found.float_:.2f} → {100 * found.artifact:.2f}"
+    placement = f"{result.placement.int8_ops} of {result.placement.int8_ops + result.placement.float_ops}"
     if result.placement.fallbacks:
-        placement += f" [yellow]({len(result.placement.fallbacks)} fell back)[/yellow]"
+        placement = f"[yellow]{placement}[/yellow]"
     return [
-        escape(result.device),
-        result.target,
+        f"{escape(result.device)} {result.target}",
         escape(result.recipe.removeprefix("auto: ")),
         drift,
         same,
-        *accuracy,
         f"{result.float_bytes / 1024:.0f} → {result.bytes / 1024:.0f}",
         _speed(result),
         placement,
@@ -132,7 +131,7 @@ def _speed(result: "Result") -> str:
         return "[dim]not here[/dim]"
     text = f"{latency.speedup:.2f}x"
     if not latency.stable:
-        return f"[yellow]{text} unstable[/yellow]"
+        return f"[yellow]~{text}[/yellow]"
     return f"[red]{text}[/red]" if latency.speedup < 1 else text
 
 
@@ -160,7 +159,9 @@ def show_gates(gates: "list[GateResult]", folder: Path, junit: Path | None, mark
         table.add_row(mark, escape(g.subject), g.gate, f"{g.limit:.5g}", value, escape(g.reason))
     out.print(table)
     failed = sum(not g.passed for g in gates)
-    out.print(f"[bold red]{failed} of {len(gates)} gates failed[/bold red]" if failed else f"all {len(gates)} gates passed")
+    out.print(
+        f"[bold red]{failed} of {len(gates)} gates failed[/bold red]" if failed else f"all {len(gates)} gates passed"
+    )
     return passed
 
 
@@ -178,7 +179,12 @@ def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
     for name in ("", "p50 ms", "p90 ms", "p99 ms", "variation", "runs"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row(
-        "artifact", f"{latency.p50_ms:.3f}", f"{latency.p90_ms:.3f}", f"{latency.p99_ms:.3f}", f"{latency.cv:.1%}", str(latency.runs)
+        "artifact",
+        f"{latency.p50_ms:.3f}",
+        f"{latency.p90_ms:.3f}",
+        f"{latency.p99_ms:.3f}",
+        f"{latency.cv:.1%}",
+        str(latency.runs),
     )
     if latency.float_p50_ms is not None and latency.float_p90_ms is not None and latency.float_p99_ms is not None:
         table.add_row(
@@ -237,7 +243,12 @@ def show_device(name: str, json: bool) -> None:
         content["rules"] = {t: profile.rules(t).model_dump(mode="json") for t in ("coreml", "onnx", "tflite")}
         _print_json(content)
         return
-    out.print(Panel(f"{escape(profile.summary)}\nDefault target: [bold]{profile.default_target}[/bold]", title=escape(profile.title)))
+    out.print(
+        Panel(
+            f"{escape(profile.summary)}\nDefault target: [bold]{profile.default_target}[/bold]",
+            title=escape(profile.title),
+        )
+    )
     facts = Table("fact", "value", "source", box=None, padding=(0, 2, 0, 0))
     values = profile.model_dump(mode="json")
     for field in profile.facts():
@@ -248,7 +259,9 @@ def show_device(name: str, json: bool) -> None:
         if not field.startswith("targets."):
             facts.add_row(field, escape(shown), f"[dim]{escape(profile.source(field) or '')}[/dim]")
     out.print(facts)
-    rules = Table("target", "runtime", "network", "auto picks", "why", title="What auto does here", title_justify="left")
+    rules = Table(
+        "target", "runtime", "network", "auto picks", "why", title="What auto does here", title_justify="left"
+    )
     for target in sorted({"coreml", "onnx", "tflite"}):
         r = profile.rules(target)
         for sort in ("cnn", "transformer", "other"):
@@ -300,7 +313,9 @@ def show_steps(json: bool) -> None:
         table.add_row(name, escape(text))
     out.print(table)
     table = Table("recipe", "steps", "what comes out", title="Recipes", title_justify="left")
-    table.add_row("auto", "", "the device's profile picks one of these by the kind of network; see tightfit devices NAME")
+    table.add_row(
+        "auto", "", "the device's profile picks one of these by the kind of network; see tightfit devices NAME"
+    )
     for name, recipe in recipes.items():
         table.add_row(name, ", ".join(recipe["steps"]), escape(recipe["summary"]))
     out.print(table)
@@ -316,7 +331,11 @@ def show_targets(json: bool) -> None:
         return
     table = Table("target", "what it is", "state")
     for row in rows:
-        state = "[green]ready[/green]" if row["missing"] is None else f"[yellow]missing:[/yellow] {escape(str(row['missing']))}"
+        state = (
+            "[green]ready[/green]"
+            if row["missing"] is None
+            else f"[yellow]missing:[/yellow] {escape(str(row['missing']))}"
+        )
         table.add_row(row["name"], escape(str(row["summary"])), state)
     out.print(table)
 
@@ -333,7 +352,9 @@ def show_doctor(json: bool) -> bool:
     table = Table("", "what", "version", "note")
     marks = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "unsuitable": "[red]unsuitable[/red]"}
     for f in found:
-        table.add_row(marks[f.state], escape(f.name), f.version or "-", escape(f.command or ""))
+        table.add_row(
+            marks[f.state], escape(f.name), f.version or "-", escape(" ".join(filter(None, (f.note, f.command))))
+        )
     out.print(table)
     return fine
 

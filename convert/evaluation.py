@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from calibrate import qdq
 from calibrate.graph import kind, layer_name, run
 from calibrate.samples import Batch, CalibrationSet
-from calibrate.simulation import Adder, simulate
+from calibrate.simulation import Adder, Simulation, simulate
 from convert.capture import Captured
 from convert.compress import Compressed, batch_size, tensors
 from convert.drift import Drift, OutputDrift, classifies, top1
@@ -22,15 +22,16 @@ from targets import Session
 Runner = Callable[[Batch], Batch]
 LAYER_SAMPLES = 32
 # How far a value in front of a quantizer may lie from the simulation's for no other reason than the order in which
-# float numbers were added: a hundred roundings of float32, two of float16.
-JITTER, HALF_JITTER = 2.0**-17, 2.0**-10
+# float numbers were added: the roundings of a long float32 sum that nearly cancels, two roundings of float16.
+JITTER, HALF_JITTER = 2.0**-14, 2.0**-10
 
 
 @dataclass
 class Judged:
     """What the held-out samples showed. `stages` in order, the artifact last; `match` is artifact against simulation.
 
-    `unsteady` is the simulation against itself with jitter, where outputs are float and activations are codes.
+    `unsteady` is the simulation against itself with jitter, where codes are made from float arithmetic, or against
+    itself in single precision, where it computes in half.
     """
 
     stages: dict[str, Drift]
@@ -48,7 +49,12 @@ class Judged:
 
 
 def graph_runner(
-    captured: Captured, graph: GraphModule, compute: str, artifact_batch: int, adder: Adder = "float", jitter: float = 0.0
+    captured: Captured,
+    graph: GraphModule,
+    compute: str,
+    artifact_batch: int,
+    adder: Adder = "float",
+    jitter: float = 0.0,
 ) -> Runner:
     """`graph` as the artifact should compute it: integer kernels exact, the rest in `compute`.
 
@@ -129,7 +135,7 @@ def judge(
         simulated = "float16 arithmetic"
         runners[simulated] = graph_runner(captured, last_graph, "float16", artifact_batch)
     jitter = None
-    if output_step(last_graph) is None and _quantizes_activations(last_graph):
+    if _quantizes_activations(last_graph) and Simulation(last_graph, compute).rounds_freely:
         amount = HALF_JITTER if compute == "float16" else JITTER
         jitter = graph_runner(captured, last_graph, compute, artifact_batch, adder, amount)
     runners["artifact"] = session_runner(session, artifact_batch)
@@ -147,6 +153,8 @@ def judge(
         judged.match.add(outputs[simulated], outputs["artifact"])
         if jitter is not None:
             judged.unsteady.add(outputs[simulated], jitter(batch))
+        elif simulated != last_step:
+            judged.unsteady.add(outputs[last_step], outputs[simulated])
         _count(judged, expected, outputs["artifact"], labels)
         keep("input", batch)
         keep("float", expected)

@@ -171,7 +171,7 @@ Limits = Mapping[str, float | None]
 class Budget:
     """Limits by gate name: for all results, for a device, for a target on a device. None switches a gate off.
 
-    The closest one counts. `require_match` is on unless it is switched off. Names and limits are checked here:
+    The closest one counts. Names and limits are checked here:
     raises TightfitError for an unknown gate or a limit that does not fit.
     """
 
@@ -188,7 +188,7 @@ class Budget:
 
     def limits(self, device: str, target: str) -> dict[str, float]:
         """The limits that hold for one result, in the order of GATES."""
-        merged: dict[str, float | None] = {"require_match": 1.0, **self.gates}
+        merged: dict[str, float | None] = dict(self.gates)
         merged |= self.devices.get(device, {})
         merged |= self.targets.get((device, target), {})
         found = {}

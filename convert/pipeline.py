@@ -415,11 +415,11 @@ def _finite(value: float) -> float | None:
 
 
 def _match(made: Compressed, judged: Judged) -> schema.Match:
-    """The artifact against the simulation. A float output has no step of its own: there it is 1/255 of its range, or
-    how far the simulation itself moves when float rounding is jittered, whichever is more."""
+    """The artifact against the simulation, in steps of the output: its scale where it leaves as codes, else 1/255 of its
+    range; or how far the simulation itself moves when float rounding is jittered, where codes come from floats."""
     step = output_step(made.graph)
     moved = judged.unsteady.max_abs if judged.unsteady.outputs else 0.0
-    unit = step if step is not None else max(judged.output_range / 255, moved)
+    unit = max(step if step is not None else judged.output_range / 255, moved)
     difference = judged.match.max_abs
     exact = difference == 0 and judged.match.share_equal == 1
     # An output stored in half precision is itself rounded to one part in 2^11.
@@ -436,15 +436,13 @@ def _match(made: Compressed, judged: Judged) -> schema.Match:
 
 
 def _why_not_exact(made: Compressed, codes: bool, moved: float, within: bool) -> str:
-    if codes:
-        unit = "The step is the output's own scale."
-    elif moved:
-        unit = (
-            "Outputs are float; the step is 1/255 of their range, or what the simulation's own outputs move by "
-            f"({moved:.3g}, measured) when values about to be quantized are moved by float rounding."
+    unit = "The step is the output's own scale" if codes else "Outputs are float: the step is 1/255 of their range"
+    if moved:
+        unit += (
+            f", or what the simulation's own outputs move by ({moved:.3g}, measured) under float rounding: of values "
+            "about to be quantized, or of everything in half precision; whichever is more"
         )
-    else:
-        unit = "Outputs are float; the step is 1/255 of their range."
+    unit += "."
     if made.decision.compute == "float16":
         cause = "Half-precision results depend on where the runtime rounds: after other operators than the simulation."
     elif any(s in ("quantize_static", "quantize_dynamic") for s in made.decision.plan.steps):

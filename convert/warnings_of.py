@@ -30,10 +30,21 @@ def _of_result(result: Result) -> Iterator[str]:
         )
     if not result.match.within_one_step:
         yield f"{subject}: the artifact differs from the torch simulation by more than one output step."
-    if result.latency and result.latency.speedup is not None and result.latency.speedup < 1 and "float32" not in result.recipe:
-        yield f"{subject}: slower than float here ({result.latency.speedup:.2f}x on {result.latency.cpu})."
+    if (
+        result.latency
+        and result.latency.speedup is not None
+        and result.latency.speedup < 1
+        and "float32" not in result.recipe
+    ):
+        yield f"{subject}: slower than float here ({result.latency.speedup:.2f}x on {result.latency.cpu}){_elsewhere(result)}."
     if result.latency and not result.latency.stable:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
+
+
+def _elsewhere(result: Result) -> str:
+    """What the host's time does not say, for an artifact whose own runtime is not on the host."""
+    predicted = any("TensorRT" in name for name in result.placement.kinds)
+    return ", where ONNX Runtime ran it and not TensorRT: measure on the device" if predicted else ""

@@ -30,7 +30,6 @@ def test_the_documented_form_is_read(tmp_path: Path) -> None:
     assert budget.limits("raspberry-pi-4b", "tflite") == {
         "min_sqnr_db": 20,
         "max_p50_ms": 15.5,
-        "require_match": 1,
     }
     assert budget.limits("raspberry-pi-4b", "onnx") == {"max_p50_ms": 15.5, "require_match": 1}
 
