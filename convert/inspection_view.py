@@ -1,0 +1,111 @@
+"""An inspection as tables on a terminal."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from convert.inspection import Inspection, Layer, Outlook
+
+# More names than this say no more.
+NAMES = 6
+
+
+def render(inspection: "Inspection", console: "Console") -> None:
+    """Print the totals, the layers that hold or multiply numbers, and the outlook on the device."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console.print(f"[bold]{escape(inspection.model)}[/bold] ({inspection.family}): {_totals(inspection)}")
+    console.print(f"Inputs: {escape('; '.join(inspection.inputs))}")
+    console.print(f"Operators: {', '.join(f'{n} {what}' for what, n in inspection.operators.items())}")
+    if inspection.uncounted:
+        console.print(f"MACs not counted of: {escape(_listed(inspection.uncounted))}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    _add_columns(table, inspection.outlook)
+    fates = _fates(inspection.outlook)
+    for layer in inspection.layers:
+        if layer.parameters or layer.macs or layer.macs is None or layer.name in fates:
+            table.add_row(*(escape(text) for text in _row(layer, inspection, fates)))
+    console.print(table)
+    if inspection.outlook is not None:
+        for line in _outlook(inspection, inspection.outlook):
+            console.print(line)
+
+
+def _totals(inspection: "Inspection") -> str:
+    size = f"{inspection.float_bytes / 2**20:.2f} MiB of constants"
+    return f"{inspection.parameters:,} parameters, {_count(inspection.macs)} MACs per sample, {size}"
+
+
+def _count(number: float) -> str:
+    """40551040 as "40.6 M"."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {unit}".strip() if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def _add_columns(table: "Table", outlook: "Outlook | None") -> None:
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind")
+    table.add_column("output")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    if outlook is not None:
+        table.add_column(f"on {outlook.device}")
+
+
+def _fates(outlook: "Outlook | None") -> dict[str, list[str]]:
+    """Layer -> what the plan does to it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for fate in outlook.fates if outlook is not None else ():
+        found[fate.layer].append(fate.action)
+    return found
+
+
+def _row(layer: "Layer", inspection: "Inspection", fates: dict[str, list[str]]) -> list[str]:
+    shape = "x".join(str(d) for d in layer.shape)
+    macs = "?" if layer.macs is None else _count(layer.macs) if layer.macs else ""
+    row = [layer.name, layer.kind, shape, f"{layer.parameters:,}" if layer.parameters else "", macs]
+    if inspection.outlook is not None:
+        row.append(", ".join(fates.get(layer.name, ())) or "float")
+    return row
+
+
+def _outlook(inspection: "Inspection", outlook: "Outlook") -> Iterator[str]:
+    from rich.markup import escape
+
+    yield f"\n[bold]{outlook.device}, {outlook.target}[/bold] on {outlook.runtime}: recipe {escape(outlook.recipe)}"
+    yield f"  {escape(outlook.reason)}"
+    share = f" ({100 * outlook.int8_macs / inspection.macs:.0f} %)" if inspection.macs else ""
+    yield f"  MACs on int8 codes: {_count(outlook.int8_macs)}{share}; all else computes in {outlook.compute}"
+    small, whole = outlook.estimated_bytes / 2**20, inspection.float_bytes / 2**20
+    yield f"  Artifact, estimated from its constants: {small:.2f} MiB; as captured: {whole:.2f} MiB"
+    for limit in outlook.limits:
+        colour = "red" if limit.verdict == "unsupported" else "yellow"
+        yield f"  [{colour}]{limit.verdict}[/{colour}] {limit.kind}: {escape(limit.reason)}"
+        yield f"    {escape(_listed(limit.layers))}"
+    for reason, layers in _left(outlook).items():
+        yield f"  [yellow]left float[/yellow]: {escape(reason)}"
+        yield f"    {escape(_listed(tuple(layers)))}"
+    for note in outlook.notes:
+        yield f"  [dim]{escape(note)}[/dim]"
+
+
+def _left(outlook: "Outlook") -> dict[str, list[str]]:
+    """Why layers stay float -> their names."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for fate in outlook.fates:
+        if fate.action.startswith("left"):
+            found[fate.reason].append(fate.layer)
+    return found
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return ", ".join(names[:NAMES]) + more
