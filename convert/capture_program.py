@@ -1,6 +1,7 @@
 """An exported program becomes a plain graph of positional tensors with its constants in place."""
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ ADVICE = "Capture a module that computes its outputs from its inputs and weights
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """torch.export explains itself at length on the console; what matters comes as an exception."""
-    previous = logging.root.manager.disable
+    previous, sink = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -16,9 +16,17 @@ def layers_are_named(graph: GraphModule) -> None:
     taken: set[str] = set()
     weighted = [n for n in nodes if _weight_path(n) is not None]
     for node in [*weighted, *(n for n in nodes if n not in set(weighted))]:
-        name = node.meta.get("custom", {}).get("layer") or _weight_path(node) or _module_path(node, busy)
+        name = _given(node) or _weight_path(node) or _module_path(node, busy)
         node.meta["layer"] = _unique(name, taken)
         node.meta.pop("custom", None)
+
+
+def _given(node: Node) -> str | None:
+    """The name an importer gave; for a pattern of several nodes their common scope and what they spell."""
+    name = node.meta.get("custom", {}).get("layer")
+    if name and "/" in name and "spelled" in node.meta:
+        return f"{name.rpartition('/')[0]}/{node.meta['spelled']}"
+    return name
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -62,7 +62,7 @@ def is_number(graph: GraphModule, item: object, wanted: float) -> bool:
 
 def derived_constant(graph: GraphModule, source: Node, tensor: Tensor, before: Node, suffix: str = "") -> Node:
     """A new constant made from the constant `source`; it keeps the name people know the weight by."""
-    made = add_constant(graph, str(source.target) + suffix, tensor, before)
+    made = add_constant(graph, str(source.target).removesuffix(suffix) + suffix, tensor, before)
     made.meta["fqn"] = source.meta.get("fqn", str(source.target))
     return made
 

@@ -99,10 +99,9 @@ def _reshape(node: OnnxNode, data: Numbers, shape: Numbers) -> Numbers | None:
 
 
 def _filled(node: OnnxNode, shape: Numbers) -> Numbers | None:
-    fill = node.get("value")
     if len(shape.values) != 1 or not isinstance(shape.values[0], int):
         return None
-    return Numbers((0.0 if fill is None else fill.reshape(-1)[0].item(),) * shape.values[0])
+    return Numbers((node.get("fill", 0.0),) * shape.values[0])
 
 
 def _product(node: OnnxNode, data: Numbers, *axes: Numbers | None) -> Numbers:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import OnnxNode, operator
+from .values import Numbers, materialised
 
 REDUCTIONS = {"add": "sum", "mul": "prod", "min": "amin", "max": "amax"}
 
@@ -14,10 +15,14 @@ def _wrapped(indices: Tensor, length: int) -> Tensor:
     return torch.where(indices < 0, indices + length, indices)
 
 
-@operator("Gather")
-def gather(node: OnnxNode, data: Tensor, indices: Tensor) -> Tensor:
+@operator("Gather", hint=(1,))
+def gather(node: OnnxNode, data: Tensor, indices: Tensor | Numbers) -> Tensor:
     """Whole slices along one axis; rows of a matrix of floats are an embedding (whose ids are never negative)."""
     axis = node.get("axis", 0) % data.dim()
+    if isinstance(indices, Numbers):
+        if indices.scalar:
+            return data.select(axis, indices.values[0])
+        indices = materialised(indices)
     indices = indices.long()
     if axis == 0 and data.dim() == 2 and data.is_floating_point() and indices.dim() > 0:
         return F.embedding(indices, data)

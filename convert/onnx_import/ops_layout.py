@@ -162,10 +162,7 @@ def constant(node: OnnxNode) -> Tensor:
 @operator("ConstantOfShape", host=(0,))
 def constant_of_shape(node: OnnxNode, shape: list[int]) -> Tensor:
     """Filled with one value, float32 0 where none is given."""
-    fill = node.get("value")
-    if fill is None:
-        return torch.zeros(shape)
-    return torch.full(shape, fill.reshape(-1)[0].item(), dtype=fill.dtype)
+    return torch.full(shape, node.get("fill", 0.0), dtype=node.get("dtype", torch.float32))
 
 
 @operator("Range", host=(0, 1, 2))

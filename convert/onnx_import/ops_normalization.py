@@ -47,12 +47,8 @@ def rms_norm(node: OnnxNode, x: Tensor, scale: Tensor) -> Tensor:
 
 @operator("GroupNormalization")
 def group_norm(node: OnnxNode, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Scale and shift are one per group before opset 21, one per channel since."""
-    groups = node.get("num_groups")
-    if node.opset < 21:
-        repeat = x.shape[1] // groups
-        scale, shift = scale.repeat_interleave(repeat), shift.repeat_interleave(repeat)
-    return F.group_norm(x, groups, scale, shift, node.get("epsilon", 1e-5))
+    """Scale and shift are one per channel, as in opset 21; the older form is deprecated and onnx refuses it."""
+    return F.group_norm(x, node.get("num_groups"), scale, shift, node.get("epsilon", 1e-5))
 
 
 @operator("MeanVarianceNormalization")

@@ -110,6 +110,9 @@ def _declared(info: "onnx.ValueInfoProto", path: Path) -> Declared:
 def _node(node: "onnx.NodeProto", index: int, opsets: dict[str, int], path: Path) -> OnnxNode:
     domain = node.domain or "ai.onnx"
     attributes = {a.name: _attribute(a, opsets, path) for a in node.attribute}
+    if node.op_type == "ConstantOfShape" and "value" in attributes:
+        fill = attributes.pop("value")  # read now: while torch.export traces, reading a tensor would be traced too
+        attributes |= {"fill": fill.reshape(-1)[0].item(), "dtype": fill.dtype}
     name = node.name or f"{node.op_type}_{index}"
     opset = opsets.get(domain, 1)
     return OnnxNode(node.op_type, domain, name, tuple(node.input), tuple(node.output), opset, attributes)

@@ -1,7 +1,8 @@
 """The operators: ONNX's name -> the function that computes it.
 
 A function takes the node and its inputs (None where an optional one is absent) and returns a tensor or a tuple of
-them. Inputs are tensors, except those listed in `host`, which arrive as a list of Python numbers.
+them. Inputs are tensors, except those listed in `host`, which arrive as a list of Python numbers, and those listed in
+`hint`, which arrive as `Numbers` where they are known before the run.
 """
 
 import importlib
@@ -40,22 +41,23 @@ class OnnxNode:
 
 @dataclass(frozen=True)
 class Operator:
-    """`host`: positions of inputs that must be known to Python; -1 means all."""
+    """`host`: positions of inputs that must be known to Python; `hint`: that arrive as `Numbers` where known."""
 
     function: Function
-    host: frozenset[int]
+    host: frozenset[int] = frozenset()
+    hint: frozenset[int] = frozenset()
 
 
 OPERATORS: dict[str, Operator] = {}
 FAMILIES_START = "ops_"
 
 
-def operator(*names: str, host: Iterable[int] = ()) -> Callable[[Function], Function]:
+def operator(*names: str, host: Iterable[int] = (), hint: Iterable[int] = ()) -> Callable[[Function], Function]:
     """Register a function for the operators `names`."""
 
     def register(function: Function) -> Function:
         for name in names:
-            OPERATORS[name] = Operator(function, frozenset(host))
+            OPERATORS[name] = Operator(function, frozenset(host), frozenset(hint))
         return function
 
     return register
@@ -64,7 +66,7 @@ def operator(*names: str, host: Iterable[int] = ()) -> Callable[[Function], Func
 def unary(table: dict[str, Callable[[Tensor], Tensor]]) -> None:
     """Register elementwise functions without attributes."""
     for name, function in table.items():
-        OPERATORS[name] = Operator(lambda node, x, f=function: f(x), frozenset())
+        OPERATORS[name] = Operator(lambda node, x, f=function: f(x))
 
 
 def operators() -> dict[str, Operator]:

@@ -130,8 +130,12 @@ class OnnxModule(torch.nn.Module):
     def _argument(
         self, node: OnnxNode, operator: Operator, position: int, value: Value, stored: Callable[[Constant], Tensor]
     ) -> Any:
-        if position not in operator.host or value is None:
-            return None if value is None else self._as_tensor(value, stored)
+        if value is None:
+            return None
+        if position in operator.hint:
+            return as_numbers(value) or self._as_tensor(value, stored)
+        if position not in operator.host:
+            return self._as_tensor(value, stored)
         if isinstance(value, Constant) and value.numbers is not None:
             return list(value.numbers)
         if isinstance(value, Numbers):
