@@ -167,6 +167,12 @@ def test_size_and_drift_in_a_budget_are_measured_now_and_not_read_from_the_repor
     assert verdicts["max_bytes"].value == artifact(out).stat().st_size
 
 
+def test_what_only_a_conversion_can_measure_says_so(out: Path, tmp_path: Path) -> None:
+    verdicts = run(out, budget_file(tmp_path, "[gates]\nrequire_match = true\nmax_fallbacks = 0"))
+    assert "as measured by the conversion" in verdicts["require_match"].reason
+    assert "as measured by the conversion" in verdicts["max_fallbacks"].reason
+
+
 def test_latency_is_measured_again_when_a_gate_asks_for_it(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
