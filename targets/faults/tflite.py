@@ -46,7 +46,7 @@ class _Graph:
             tensor = self.unpacked.get(inputs[1], inputs[1])
             values = self._values(tensor)
             if values is not None:
-                found.append(Weight(self.file.name(tensor).rstrip(";"), values, _LAYERS[kind], self._scale(tensor)))
+                found.append(Weight(self.file.name(tensor).split(";")[0], values, _LAYERS[kind], self._scale(tensor)))
         return found
 
     def _values(self, tensor: int) -> Block | None:
