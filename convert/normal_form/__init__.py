@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from calibrate.graph import finish
 
-from .folding import constants_are_folded
+from .folding import constants_are_folded, scalars_are_literal
 from .identities import nothing_is_a_no_op, nothing_is_asserted
 from .layers import linears_are_recognised
 from .naming import layers_are_named
@@ -27,6 +27,7 @@ def normalise(graph: GraphModule) -> GraphModule:
     operators_are_high_level(graph)
     linears_are_recognised(graph)
     constants_are_folded(graph)
+    scalars_are_literal(graph)
     patterns_are_recognised(graph)
     linears_are_recognised(graph)
     nothing_is_a_no_op(graph)

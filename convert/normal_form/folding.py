@@ -6,10 +6,11 @@ from torch.fx import GraphModule, Node
 
 from calibrate.graph import add_constant, constant, is_constant, operator_name
 
-from .rewriting import derived_constant
+from .rewriting import derived_constant, value
 
 # Repeating a constant costs memory in every artifact; up to this many numbers it is cheaper than the operator.
 SMALL = 65536
+ARITHMETIC = ("add", "sub", "mul", "div")
 
 
 def constants_are_folded(graph: GraphModule) -> None:
@@ -22,6 +23,20 @@ def constants_are_folded(graph: GraphModule) -> None:
         sources = [constant(graph, n) for n in node.all_input_nodes]
         if isinstance(result, Tensor) and result.numel() <= max(SMALL, sum(s.numel() for s in sources)):
             _store(graph, node, result)
+
+
+def scalars_are_literal(graph: GraphModule) -> None:
+    """x op constant of no axes -> x op number: the same bits, and nobody takes the constant for a weight."""
+    for node in list(graph.graph.nodes):
+        if operator_name(node) not in ARITHMETIC or len(node.args) != 2 or node.kwargs:
+            continue
+        x, scalar = node.args
+        made = value(x)
+        if made is None or is_constant(x) or not isinstance(scalar, Node) or not is_constant(scalar):
+            continue
+        stored = constant(graph, scalar)
+        if stored.dim() == 0 and stored.dtype == made.dtype and made.dtype in (torch.float32, torch.int64):
+            node.args = (x, stored.item())
 
 
 def _is_foldable(node: Node) -> bool:

@@ -173,6 +173,10 @@ def _transpose(node: Node) -> None:
         bypass(node, node.args[0])
 
 
+def _relu6(node: Node) -> None:
+    replace(node, aten.hardtanh.default, (node.args[0], 0.0, 6.0))
+
+
 def _adaptive_pool(node: Node) -> None:
     replace(node, aten.adaptive_avg_pool2d.default, node.args)
 
@@ -200,5 +204,6 @@ REWRITES: dict[str, Callable[[Node], None]] = {
     "t": _transpose,
     "numpy_T": _transpose,
     "_adaptive_avg_pool2d": _adaptive_pool,
+    "relu6": _relu6,
     "mul": _multiply_by_constant,
 }

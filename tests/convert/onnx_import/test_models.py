@@ -1,6 +1,7 @@
 """Whole models, exported from torch at several opsets, captured and held against ONNX Runtime."""
 
 import functools
+import operator
 from collections import Counter
 from pathlib import Path
 
@@ -127,8 +128,9 @@ def kinds(captured: Captured) -> Counter[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("opset", [13, 17])
-@pytest.mark.parametrize("name", ["cnn", "vit", "bert"])
+@pytest.mark.parametrize(
+    ("name", "opset"), [("cnn", 13), ("cnn", 17), ("vit", 13), ("vit", 17), ("bert", 14), ("bert", 17)]
+)
 def test_a_model_computes_what_onnx_runtime_computes(name: str, opset: int, folder: Path) -> None:
     path = written(name, opset, True, folder)
     captured = capture(str(path), examples=examples(name), work=folder)
@@ -137,7 +139,7 @@ def test_a_model_computes_what_onnx_runtime_computes(name: str, opset: int, fold
     assert not captured.check.synthetic
     assert captured.check.against.startswith("ONNX Runtime")
     assert all(i.dynamic_batch and i.shape[0] == 1 for i in captured.inputs)
-    assert "other" not in kinds(captured)
+    assert all(kind(n) != "other" or n.target is operator.mul for n in captured.graph.graph.nodes)  # sizes multiplied
 
 
 @pytest.mark.filterwarnings("ignore")
