@@ -1,0 +1,101 @@
+"""Steps that store weights smaller: int8 codes, and half-precision numbers."""
+
+import pytest
+import torch
+from small_graphs import Made, capture, context, images, keeping, nodes_of
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from calibrate import steps
+from calibrate.errors import CalibrationError
+from calibrate.graph import clone, constant, run
+from calibrate.plan import Entry, Plan
+
+WEIGHTS = Plan(("quantize_weights",))
+HALVES = Plan(("half_weights",))
+
+
+def stored_bytes(graph: GraphModule) -> int:
+    names = {str(n.target): n for n in graph.graph.nodes if n.op == "get_attr"}
+    return sum(constant(graph, n).nbytes for n in names.values())
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.linear = nn.Embedding(64, 16), nn.Conv1d(16, 32, 3), nn.Linear(32, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(self.conv(self.table(ids).transpose(1, 2)).mean(2))
+
+
+IDS = torch.arange(20).view(2, 10)
+
+
+def test_int8_weights_take_a_quarter_of_the_room_and_keep_the_outputs() -> None:
+    graph = capture(Layers(), IDS)
+    result = clone(graph)
+    ledger = steps.apply("quantize_weights", result, context(WEIGHTS))
+    assert [(e.layer, e.action) for e in ledger] == [
+        ("table", "int8 weights"),
+        ("conv", "int8 weights"),
+        ("linear", "int8 weights"),
+    ]
+    weights, channels = 64 * 16 + 32 * 16 * 3 + 24 * 32, 64 + 32 + 24
+    # Codes one byte; a float32 scale and an int64 zero point per channel or row; two float32 biases.
+    assert stored_bytes(result) == weights + 12 * channels + 4 * (32 + 24)
+    (before,), (after,) = run(graph, [IDS]), run(result, [IDS])
+    assert float((before - after).square().mean() / before.square().mean()) < 1e-3
+    assert not torch.equal(before, after)
+
+
+def test_a_layer_with_few_weights_or_kept_float_is_left_with_the_reason() -> None:
+    graph = capture(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 64)), torch.randn(2, 16))
+    ledger = steps.apply("quantize_weights", graph, context(keeping(WEIGHTS, **{"1": "asked for"})))
+    assert ledger == [
+        Entry("quantize_weights", "0", "left float", "only 128 weights"),
+        Entry("quantize_weights", "1", "left float", "asked for"),
+    ]
+
+
+def test_half_weights_round_every_float_constant_to_float16() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), images()
+    graph = capture(model, x)
+    result = clone(graph)
+    ledger = steps.apply("half_weights", result, context(HALVES))
+    assert [e.action for e in ledger] == ["float16"] * 4
+    assert stored_bytes(result) * 2 == stored_bytes(graph)
+    rounded = nn.Sequential(*model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.half().float()
+    assert torch.equal(run(result, [x])[0], rounded(x))
+
+
+def test_half_weights_leave_numbers_beyond_float16_and_say_so() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight.data[0, 0] = 1e5
+    graph = capture(nn.Sequential(layer), torch.randn(2, 4))
+    ledger = steps.apply("half_weights", graph, context(HALVES))
+    assert {(e.action, "65504" in e.reason) for e in ledger} == {("left float32", True), ("float16", False)}
+    assert bool(run(graph, [torch.randn(2, 4)])[0].isfinite().all())
+
+
+def test_scales_of_int8_weights_stay_exact_beside_half_weights() -> None:
+    graph = capture(nn.Sequential(nn.Linear(32, 16)), torch.randn(2, 32))
+    steps.apply("quantize_weights", graph, context(WEIGHTS))
+    scales = {n.target: constant(graph, n).clone() for n in nodes_of(graph, "weight") if "scales" in str(n.target)}
+    steps.apply("half_weights", graph, context(HALVES))
+    assert scales
+    assert all(torch.equal(constant_named(graph, name), value) for name, value in scales.items())
+
+
+def constant_named(graph: GraphModule, name: object) -> Tensor:
+    (node,) = [n for n in nodes_of(graph, "weight") if n.target == name]
+    return constant(graph, node)
+
+
+def test_half_weights_of_a_model_without_any_is_an_error() -> None:
+    graph = capture(Made(lambda m, x: x.relu()), torch.randn(2, 4))
+    with pytest.raises(CalibrationError, match="no float32 weights"):
+        steps.apply("half_weights", graph, context(HALVES))
