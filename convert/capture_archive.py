@@ -11,6 +11,7 @@ import io
 import json
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,16 @@ NAMESPACES = ("aten", "quantized_decomposed", "prims", "torchvision")
 AGAIN = "Save it again with torch.export.save(torch.export.export(model.eval(), example_inputs), 'model.pt2')."
 
 
-def load_program(path: Path, work: Path) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """The program in a .pt2 and the names of its outputs. Writes a temporary copy to `work`.
+@dataclass(frozen=True)
+class Names:
+    """What the exported function calls its inputs (empty where torch does not say) and its outputs."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def load_program(path: Path, work: Path) -> tuple[ExportedProgram, Names]:
+    """The program in a .pt2 and its names. Writes a temporary copy to `work`.
 
     Raises TightfitError for a file that is missing, damaged, no export archive, or that asks for code to be run.
     """
@@ -54,11 +63,11 @@ def load_program(path: Path, work: Path) -> tuple[ExportedProgram, tuple[str, ..
     try:
         with zipfile.ZipFile(path) as archive:
             if "serialized_exported_program.json" in names:
-                outputs = _copy_legacy(archive, copy, path)
+                called = _copy_legacy(archive, copy, path)
             else:
-                outputs = _copy(archive, names, copy, path)
+                called = _copy(archive, names, copy, path)
         with quiet():
-            return torch.export.load(copy), outputs
+            return torch.export.load(copy), called
     except (zipfile.BadZipFile, EOFError) as error:
         raise TightfitError(f"{path} is damaged ({error}). {AGAIN}") from error
     except TightfitError:
@@ -113,9 +122,9 @@ def _pickle(path: Path) -> str:
     )
 
 
-def _copy(archive: zipfile.ZipFile, names: list[str], copy: Path, path: Path) -> tuple[str, ...]:
+def _copy(archive: zipfile.ZipFile, names: list[str], copy: Path, path: Path) -> Names:
     root = names[0].split("/")[0]
-    program, outputs = _checked_program(_json(archive, _only(names, root, path)), path)
+    program, called = _checked_program(_json(archive, _only(names, root, path)), path)
     stem = _only(names, root, path).rsplit("/", 1)[1].removesuffix(".json")
     with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as out:
         for name, text in (("archive_format", "pt2"), ("archive_version", "0"), ("byteorder", "little")):
@@ -129,7 +138,7 @@ def _copy(archive: zipfile.ZipFile, names: list[str], copy: Path, path: Path) ->
             out.writestr(f"{ROOT}/data/{kind}/model_{kind}_config.json", json.dumps(_on_cpu(config)))
             for member in sorted({entry["path_name"] for entry in config["config"].values()}):
                 out.writestr(f"{ROOT}/data/{kind}/{member}", archive.read(f"{root}/data/{kind}/{member}"))
-    return outputs
+    return called
 
 
 def _only(names: list[str], root: str, path: Path) -> str:
@@ -152,9 +161,9 @@ def _refuse_pickled(config: dict[str, Any], path: Path) -> None:
             )
 
 
-def _copy_legacy(archive: zipfile.ZipFile, copy: Path, path: Path) -> tuple[str, ...]:
+def _copy_legacy(archive: zipfile.ZipFile, copy: Path, path: Path) -> Names:
     """The layout of torch 2.6 and 2.7: tensors in state dicts, which hold only what weights_only accepts."""
-    program, outputs = _checked_program(_json(archive, "serialized_exported_program.json"), path)
+    program, called = _checked_program(_json(archive, "serialized_exported_program.json"), path)
     with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as out:
         out.writestr("version", archive.read("version"))
         out.writestr("serialized_exported_program.json", json.dumps(program))
@@ -163,7 +172,7 @@ def _copy_legacy(archive: zipfile.ZipFile, copy: Path, path: Path) -> tuple[str,
             buffer = io.BytesIO()
             torch.save(_tensors(archive.read(name), path), buffer)
             out.writestr(name, buffer.getvalue())
-    return outputs
+    return called
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
@@ -174,31 +183,32 @@ def _tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
             f"{path} is refused: its constants are more than plain tensors, and reading them could run code; nothing "
             "in it was run. Export a module whose weights and constants are plain tensors."
         ) from error
-    return {str(k): v.detach() for k, v in state.items()}
+    return {str(k): v for k, v in state.items()}
 
 
-def _checked_program(program: Any, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The program's JSON without anything that would be evaluated, and its outputs' names."""
+def _checked_program(program: Any, path: Path) -> tuple[dict[str, Any], Names]:
+    """The program's JSON without anything that would be evaluated, and the names in it."""
     signature = program["graph_module"]["signature"]
     call = program["graph_module"]["module_call_graph"][0]["signature"]
-    names = tuple(_output_names(json.loads(call["out_spec"])[1], "")) if call else ()
-    tensors = [s["user_output"]["arg"] for s in signature["output_specs"] if "user_output" in s]
-    if len(names) != len(tensors):
-        names = tuple(_numbered(len(tensors)))
-    names = tuple(n for n, arg in zip(names, tensors, strict=True) if "as_tensor" in arg)
-    inputs = sum("user_input" in s or "constant_input" in s for s in signature["input_specs"])
+    returned = [s["user_output"]["arg"] for s in signature["output_specs"] if "user_output" in s]
+    outputs = list(_output_names(json.loads(call["out_spec"])[1], "")) if call else []
+    if len(outputs) != len(returned):
+        outputs = [f"output_{i}" if i else "output" for i in range(len(returned))]
+    named = tuple(n for n, arg in zip(outputs, returned, strict=True) if "as_tensor" in arg)
+    count = sum("user_input" in s or "constant_input" in s for s in signature["input_specs"])
+    given = tuple(call.get("forward_arg_names") or ()) if call else ()
     checked: dict[str, Any] = _checked(_on_cpu(program), path)
     checked["guards_code"] = []
     for entry in checked["graph_module"]["module_call_graph"]:
         entry["signature"] = None if entry["fqn"] else entry["signature"]
     root = checked["graph_module"]["module_call_graph"][0]["signature"]
     if root is not None:
-        root["in_spec"] = pytree.treespec_dumps(pytree.tree_structure((tuple(range(inputs)), {})))
-        root["out_spec"] = pytree.treespec_dumps(pytree.tree_structure(tuple(tensors and range(len(tensors)))))
+        root["in_spec"] = pytree.treespec_dumps(pytree.tree_structure((tuple(range(count)), {})))
+        root["out_spec"] = pytree.treespec_dumps(pytree.tree_structure(tuple(range(len(returned)))))
         root["forward_arg_names"] = None
     for symbol in checked["range_constraints"]:
         _check_expression(symbol, path)
-    return checked, names
+    return checked, Names(given if len(given) == count else (), named)
 
 
 def _output_names(spec: dict[str, Any], name: str) -> list[str]:
@@ -215,10 +225,6 @@ def _output_names(spec: dict[str, Any], name: str) -> list[str]:
     else:
         labels = [(name or "output") + (f"_{i}" if i else "") for i in range(len(children))]
     return [leaf for label, child in zip(labels, children, strict=True) for leaf in _output_names(child, label)]
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"output_{i}" if i else "output" for i in range(count)]
 
 
 def _on_cpu(value: Any) -> Any:

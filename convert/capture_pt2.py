@@ -23,9 +23,9 @@ def capture_pt2(path: Path, *, inputs: Sequence[InputSpec], examples: Batch | No
     """Load, fix every dynamic axis but the batch, and let the program itself answer a few samples."""
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pt2-", dir=work) as folder:
-        program, outputs = load_program(path, Path(folder))
+        program, names = load_program(path, Path(folder))
     _refuse_half(program, path)
-    specs = resolved(input_specs(unlift(program)), inputs, examples, str(path))
+    specs = resolved(_named(input_specs(unlift(program)), names.inputs), inputs, examples, str(path))
     batch = samples(specs, examples, str(path))
     count = len(next(iter(batch.values())))
     original = unlift(program)
@@ -35,13 +35,20 @@ def capture_pt2(path: Path, *, inputs: Sequence[InputSpec], examples: Batch | No
     return Raw(
         graph=unlift(functional(program)),
         inputs=specs,
-        outputs=outputs,
+        outputs=names.outputs,
         references=tuple(references),
         against="the exported program itself",
         samples=count,
         synthetic=examples is None,
         notes=tuple(_fixed_batch_note(specs)),
     )
+
+
+def _named(specs: Sequence[InputSpec], names: Sequence[str]) -> tuple[InputSpec, ...]:
+    """The inputs under the names of forward's parameters; torch's own are those, with a number where it must."""
+    if len(names) != len(specs):
+        return tuple(specs)
+    return tuple(replace(s, name=n) for s, n in zip(specs, names, strict=True))
 
 
 def _fixed_batch_note(specs: Sequence[InputSpec]) -> list[str]:

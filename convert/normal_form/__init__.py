@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from calibrate.graph import finish
 
 from .folding import constants_are_folded, scalars_are_literal
-from .identities import nothing_is_a_no_op, nothing_is_asserted
+from .identities import nothing_is_a_no_op, nothing_is_asserted, reshapes_are_single
 from .layers import linears_are_recognised
 from .naming import layers_are_named
 from .operators import operators_are_high_level
@@ -30,6 +30,7 @@ def normalise(graph: GraphModule) -> GraphModule:
     scalars_are_literal(graph)
     patterns_are_recognised(graph)
     linears_are_recognised(graph)
+    reshapes_are_single(graph)
     nothing_is_a_no_op(graph)
     finish(graph)
     layers_are_named(graph)

@@ -50,6 +50,15 @@ def nothing_is_a_no_op(graph: GraphModule) -> None:
     graph.graph.eliminate_dead_code()
 
 
+def reshapes_are_single(graph: GraphModule) -> None:
+    """reshape(reshape(x, a), b) -> reshape(x, b)."""
+    for node in list(graph.graph.nodes):
+        inner = node.args[0] if operator_name(node) == "reshape" else None
+        if isinstance(inner, Node) and operator_name(inner) == "reshape":
+            node.args = (inner.args[0], *node.args[1:])
+    graph.graph.eliminate_dead_code()
+
+
 def _drop_dropout(node: Node, name: str) -> None:
     trains = argument(node, 2, "train", False)
     source = node.args[0]
