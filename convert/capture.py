@@ -65,7 +65,7 @@ def capture(
     if examples is not None and any(len(a) == 0 for a in examples.values()):
         raise TightfitError("the calibration data is empty; give at least one sample.")
     raw = _raw(form, model, weights, inputs, examples, python, work, search_path)
-    return _captured(model, form, raw)
+    return finished(model, form, raw)
 
 
 def _raw(
@@ -99,7 +99,8 @@ def _raw(
     return capture_pt2(Path(model), inputs=inputs, examples=examples, work=work)
 
 
-def _captured(model: str, form: str, raw: "Raw") -> Captured:
+def finished(model: str, form: str, raw: "Raw") -> Captured:
+    """Bring what a way in gave to the normal form, and measure it; TightfitError for weights that are no numbers."""
     from convert.capture_raw import check
     from convert.capture_weights import count_parameters, refuse_not_finite
     from convert.normal_form import normalise

@@ -21,7 +21,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -190,8 +190,9 @@ def samples_of(job: dict[str, Any], model: torch.nn.Module, examples: Any) -> tu
         )
     absent = [n for n in required if n not in batch]
     unknown = [n for n in batch if n not in names]
-    if absent and len(batch) == len(required) and len(unknown) == len(batch):
-        return dict(zip(required, batch.values())), synthetic, source  # given by position  # noqa: B905
+    # One input, or inputs that --input lists in order, may have names of their own.
+    if len(unknown) == len(batch) == max(1, len(required)) and (len(batch) == 1 or job["inputs"]):
+        return batch, synthetic, source
     if absent or (unknown and names):
         raise Refused(
             f"{source} gives {listed(list(batch))}, but forward takes {listed(names)}: "
@@ -215,8 +216,6 @@ def from_data(job: dict[str, Any], names: list[str], required: list[str]) -> dic
         arrays = {wanted[0]: arrays[""]}
     if specs:
         arrays = {n: a for n, a in arrays.items() if n in specs}
-    elif all(n in arrays for n in required) and required:
-        arrays = {n: a for n, a in arrays.items() if n in names}
     for name, array in arrays.items():
         if name in specs and tuple(specs[name]["shape"][1:]) != array.shape[1:]:
             raise Refused(
@@ -280,11 +279,16 @@ def flatten(value: Any, name: str) -> list[tuple[str, Any]]:
     return []
 
 
+def call(model: torch.nn.Module, names: list[str], tensors: Iterable[torch.Tensor]) -> Any:
+    """Run the model on inputs by name, or by position where the names are not those of its parameters."""
+    if all(n in parameters_of(model)[0] for n in names):
+        return model(**dict(zip(names, tensors)))  # noqa: B905
+    return model(*tensors)
+
+
 def wrapped(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:
     """The model as a function of positional tensors that returns a flat tuple of tensors."""
     import torch
-
-    by_name = all(n in parameters_of(model)[0] for n in names)
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -292,7 +296,7 @@ def wrapped(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:
             self.model = model
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            result = self.model(**dict(zip(names, tensors))) if by_name else self.model(*tensors)  # noqa: B905
+            result = call(self.model, names, tensors)
             return tuple(t for _, t in flatten(result, ""))
 
     return Flat().eval()
@@ -358,7 +362,8 @@ def dynamic_export(
     try:
         expected = [flat(*b.values()) for b in (single, several)]
     except Exception as error:
-        return None, f"the model does not run on batches of {sizes(single)} and {sizes(several)}: {first_line(error)}"
+        both = f"{sizes(single)} and {sizes(several)}"
+        return None, f"the model does not run on batches of {both}: {first_line(error)}{where(error)}"
     try:
         program = export(flat, several, dynamic=True)
     except Exception as error:
@@ -387,7 +392,8 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
     if not wanted.is_floating_point():
         return bool(torch.equal(got, wanted))
-    span = float(wanted.abs().max()) if wanted.numel() else 0.0
+    finite = wanted[torch.isfinite(wanted)]
+    span = float(finite.abs().max()) if finite.numel() else 0.0
     return bool(torch.allclose(got, wanted, rtol=0.0, atol=1e-4 * span + 1e-12, equal_nan=True))
 
 
@@ -470,7 +476,6 @@ def capture(job: dict[str, Any]) -> dict[str, Any]:
     if scalar is not None:
         raise Refused(f"the input '{scalar}' has no batch axis: every input needs samples along axis 0.")
     flat = wrapped(model, list(samples))
-    outputs = unique([name for name, _ in flatten(called_once(model, flat, samples, source), "")])
     program, batches = export_any(flat, samples, notes, source)
     for batch in batches:
         write(job["out"], batch, answers(flat, batch, source))
@@ -478,19 +483,12 @@ def capture(job: dict[str, Any]) -> dict[str, Any]:
     distinct = len(next(iter(samples.values())))
     return {
         "inputs": list(samples),
-        "outputs": outputs,
+        "outputs": unique([name for name, _ in flatten(call(model, list(samples), batches[0].values()), "")]),
         "notes": notes,
         "synthetic": synthetic,
         "samples": min(distinct, sizes(batches[-1])),
         "torch": torch.__version__,
     }
-
-
-def called_once(model: torch.nn.Module, flat: torch.nn.Module, batch: dict[str, torch.Tensor], source: str) -> Any:
-    """What the module returns in its own form, for the names of its outputs."""
-    answers(flat, batch, source)  # raises with the shapes when the model does not run
-    names = parameters_of(model)[0]
-    return model(**batch) if all(n in names for n in batch) else model(*batch.values())
 
 
 def unique(names: list[str]) -> list[str]:

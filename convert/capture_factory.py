@@ -48,7 +48,7 @@ def capture_factory(
     try:
         job = _write_job(folder, reference, weights, inputs, examples)
         result = _run_child(job, folder, reference, python, search_path)
-        return _read(folder, result, reference)
+        return read_result(folder, result, reference)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -82,18 +82,20 @@ def _run_child(
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(search_path), os.environ.get("PYTHONPATH"))))
     try:
         with (folder / "log.txt").open("wb") as log:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+            code = _finished(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
             )
     except OSError as error:
         raise MissingDependency(
             f"the interpreter {command[0]} does not start ({error}); name another one with --python."
         ) from error
     answer = folder / "result.json"
-    if done.returncode != 0 or not answer.exists():
+    if code != 0 or not answer.exists():
         tail = "\n".join((folder / "log.txt").read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
         raise TightfitError(
-            f"the interpreter that captured {reference} {_how(done.returncode)}. Run the function by itself in that "
+            f"the interpreter that captured {reference} {_how(code)}. Run the function by itself in that "
             f"interpreter to see why. Its last words:\n{tail or '(none)'}"
         )
     result: dict[str, Any] = json.loads(answer.read_text())
@@ -103,13 +105,24 @@ def _run_child(
     return result
 
 
+def _finished(child: "subprocess.Popen[bytes]") -> int:
+    """The child's exit code; whatever interrupts the wait, the child is dead and gone before it is passed on."""
+    try:
+        return child.wait()
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+
+
 def _how(code: int) -> str:
     return (
         f"was killed by signal {-code} (9 is what a machine out of memory sends)" if code < 0 else f"ended with {code}"
     )
 
 
-def _read(folder: Path, result: dict[str, Any], reference: str) -> Raw:
+def read_result(folder: Path, result: dict[str, Any], reference: str) -> Raw:
+    """What the child left in `folder`: the program, the samples it ran and the module's answers to them."""
     try:
         program, _ = load_program(folder / "program.pt2", folder)
     except TightfitError as error:
