@@ -173,6 +173,17 @@ def add_constant(graph: GraphModule, name: str, value: Tensor, before: Node) -> 
     return node
 
 
+def constant_made(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes computed from constants and sizes alone: an expanded class token, a mask."""
+    made: set[Node] = set()
+    for node in nodes:
+        if node.op != "call_function" or kind(node) == "shape":
+            continue
+        if all(is_constant(a) or a in made or kind(a) == "shape" for a in node.all_input_nodes):
+            made.add(node)
+    return made
+
+
 def weight_nodes(node: Node) -> tuple[Node | None, Node | None]:
     """The (weight, bias) constants of a conv or linear; None where there is none or it is computed."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
@@ -186,6 +197,13 @@ def weight_nodes(node: Node) -> tuple[Node | None, Node | None]:
 def is_weighted(node: Node) -> bool:
     """True for a conv or linear whose weight is a float constant."""
     return node.op == "call_function" and kind(node) in WEIGHTED and weight_nodes(node)[0] is not None
+
+
+def is_table(node: Node, fixed: set[Node]) -> bool:
+    """True for an embedding that looks up rows of a constant table by computed indices (`fixed`: see constant_made)."""
+    if kind(node) != "embedding" or not is_constant(node.args[0]):
+        return False
+    return node not in fixed
 
 
 def finish(graph: GraphModule) -> GraphModule:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph import is_constant, is_weighted, kind, layer_name, weight_nodes
+from .graph import constant_made, is_constant, is_weighted, kind, layer_name, weight_nodes
 from .plan import Plan
 
 FUSED = ("relu", "clamp")
@@ -58,7 +58,7 @@ class _Placer:
         self.wants: dict[Node, tuple[Node, ...]] = {}  # node -> the tensors it reads as codes
         self.available: set[Node] = set()  # nodes whose value an integer kernel can write as codes
         self.left: dict[str, str] = {}
-        self.fixed = _constant_made(self.nodes)
+        self.fixed = constant_made(self.nodes)
         self.moving = plan.shared_scale | (BRIDGES if plan.quantize_outputs else frozenset())
 
     def run(self) -> Sites:
@@ -166,17 +166,6 @@ class _Placer:
                 sites.fixed[group] = self.plan.fixed_output[kind(node)]
         sites.layers = {n.name: layer_name(n) for n in self.wants}
         return sites
-
-
-def _constant_made(nodes: list[Node]) -> set[Node]:
-    """Nodes computed from constants and sizes alone: an expanded class token, a mask."""
-    made: set[Node] = set()
-    for node in nodes:
-        if node.op != "call_function" or kind(node) == "shape":
-            continue
-        if all(is_constant(a) or a in made or kind(a) == "shape" for a in node.all_input_nodes):
-            made.add(node)
-    return made
 
 
 def tail(node: Node) -> Node:

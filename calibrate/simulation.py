@@ -71,15 +71,20 @@ class Simulation(Interpreter):
         self._jitter = jitter
         self._random = torch.Generator().manual_seed(0)
         self._kernels: dict[Node, _Kernel] = {}
+        self._dynamic: dict[Node, Tensor] = {}
         self._wide: set[Node] = set()
         self._outputs: dict[Node, _Output] = {}  # compute node -> how its codes are written
         self._written: dict[Node, Node] = {}  # quantize node -> the compute node whose codes it stands for
         self._codes: dict[Node, Tensor] = {}
-        if not self._half and not jitter:
-            for node in graph.graph.nodes:
+        for node in graph.graph.nodes:
+            if node.target is qdq.DYNAMIC_LINEAR or not (self._half or jitter):
                 self._recognise(graph, node)
 
     def _recognise(self, graph: GraphModule, node: Node) -> None:
+        if node.target is qdq.DYNAMIC_LINEAR:
+            codes = constant(graph, node.args[1])
+            largest = float(codes.float().abs().sum(1).max()) * 255
+            self._dynamic[node] = codes.float() if largest < EXACT else codes.double()
         kernel = _kernel(graph, node)
         if kernel is not None:
             self._kernels[node] = kernel
@@ -134,7 +139,11 @@ class Simulation(Interpreter):
             self._codes[n] = write(n, args, self._outputs[n])
         if self._jitter and n.target in (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
             noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
-            return n.target(args[0] * (1 + self._jitter * noise), *args[1:], **kwargs)
+            args = (args[0] * (1 + self._jitter * noise), *args[1:])
+            if n not in self._dynamic:
+                return n.target(*args, **kwargs)
+        if n in self._dynamic:
+            return _dynamic_linear(self._dynamic[n], *args)
         return super().run_node(n)
 
     def _run_kernel(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -157,6 +166,13 @@ class Simulation(Interpreter):
             factor = unit / torch.tensor(output.scale, dtype=torch.float32)
             self._codes[node] = output.codes(total.float() * factor)
         return total.float() * unit
+
+
+def _dynamic_linear(wide: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+    """`qdq.dynamic_linear` with the weight's codes as float numbers already, wide enough for exact sums."""
+    q, scale = qdq.dynamic_codes(x, scheme, (-1,))
+    y = torch.nn.functional.linear(q.to(wide.dtype), wide).float() * (scale * scales)
+    return y if bias is None else y + bias
 
 
 def _kernel(graph: GraphModule, node: Node) -> _Kernel | None:

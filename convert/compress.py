@@ -129,7 +129,9 @@ def _restore(
     layers = [e.layer for e in _apply(captured, decision, context).ledger if e.action.startswith("int8")]
     scores = []
     for count, layer in enumerate(layers):
-        alone = keeping_float(decision, {other: "" for other in layers if other != layer})
+        alone = keeping_float(
+            decision, {other: "float while one layer is judged" for other in layers if other != layer}
+        )
         scores.append((_sqnr(captured, _apply(captured, alone, context).graph, data, reference), layer))
         context.progress("sensitivity", count + 1)
     ranked = [layer for _, layer in sorted(scores)]

@@ -95,9 +95,8 @@ def results_table(report: "Report") -> Table:
     title = f"{escape(report.model.name)}: {report.model.parameters:,} parameters"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("artifact", overflow="fold")
-    table.add_column("recipe")
     labelled = any(r.accuracy for r in report.results)
-    for name in ("drift", "top-1 %" if labelled else "same top-1", "KiB", "speed", "int8 ops"):
+    for name in ("drift", "top-1 %" if labelled else "same top-1", "size", "speed", "int8 ops"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         table.add_row(*_row(result, labelled))
@@ -115,14 +114,19 @@ def _row(result: "Result", labelled: bool) -> list[str]:
     if result.placement.fallbacks:
         placement = f"[yellow]{placement}[/yellow]"
     return [
-        f"{escape(result.device)} {result.target}",
-        escape(result.recipe.removeprefix("auto: ")),
+        f"{escape(result.device)}\n[dim]{result.target} {escape(result.recipe.removeprefix('auto: '))}[/dim]",
         drift,
         same,
-        f"{result.float_bytes / 1024:.0f} → {result.bytes / 1024:.0f}",
+        _sizes(result.float_bytes, result.bytes),
         _speed(result),
         placement,
     ]
+
+
+def _sizes(before: int, after: int) -> str:
+    """Two sizes in the unit that suits the larger one."""
+    unit, name = (2**20, "MiB") if before >= 10 * 2**20 else (2**10, "KiB")
+    return f"{before / unit:.0f} → {after / unit:.0f} {name}"
 
 
 def _speed(result: "Result") -> str:
@@ -156,7 +160,7 @@ def show_gates(gates: "list[GateResult]", folder: Path, junit: Path | None, mark
     for g in gates:
         mark = "[green]pass[/green]" if g.passed else "[bold red]FAIL[/bold red]"
         value = "-" if g.value is None else f"{g.value:.5g}"
-        table.add_row(mark, escape(g.subject), g.gate, f"{g.limit:.5g}", value, escape(g.reason))
+        table.add_row(mark, escape(g.subject.replace("/", "\n")), g.gate, f"{g.limit:.5g}", value, escape(g.reason))
     out.print(table)
     failed = sum(not g.passed for g in gates)
     out.print(

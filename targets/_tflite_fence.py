@@ -33,7 +33,7 @@ def insert_fences(graph: GraphModule, static: bool) -> int:
         end = after_activation(node)
         if PACKED in node.meta:
             fences.behind(node.args[0])
-            if end is node and any(has_float_constant(user) for user in node.users):
+            if end is node and _meets_constant(node):
                 fences.behind(node)
         elif static and has_float_constant(node) and _reaches_codes(end):
             fences.behind(end)
@@ -106,6 +106,16 @@ def has_float_constant(node: Node) -> bool:
     if graphs.kind(node) in _ARITHMETIC and any(not isinstance(a, Node) for a in node.args[:2]):
         return True
     return any(graphs.is_constant(a) for a in node.all_input_nodes)
+
+
+def _meets_constant(node: Node) -> bool:
+    """True when a multiplication by a constant reads the value, past moves: an attention scale."""
+    for user in node.users:
+        if has_float_constant(user) or graphs.kind(user) == "attention":
+            return True
+        if graphs.kind(user) in ("getitem", *graphs.MOVEMENT) and _meets_constant(user):
+            return True
+    return False
 
 
 def _rounds_unasked(node: Node) -> bool:

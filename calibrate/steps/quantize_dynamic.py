@@ -5,7 +5,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from calibrate import qdq
-from calibrate.graph import add_constant, constant, is_weighted, kind, layer_name, weight_nodes
+from calibrate.graph import add_constant, constant, constant_made, is_table, is_weighted, kind, layer_name, weight_nodes
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.weights import quantize_weight, weight_codes, weight_scales
@@ -21,9 +21,10 @@ class QuantizeDynamic:
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         plan, ledger = context.plan, []
+        fixed = constant_made(graph.graph.nodes)
         for node in list(graph.graph.nodes):
             what = kind(node)
-            if what == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
+            if is_table(node, fixed):
                 reason = plan.keep_float.get(layer_name(node))
                 if reason is None:
                     quantize_weight(graph, node, plan)

@@ -2,7 +2,7 @@
 
 from torch.fx import GraphModule, Node
 
-from calibrate.graph import is_weighted, kind, layer_name
+from calibrate.graph import constant_made, is_table, is_weighted, kind, layer_name
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.weights import quantize_weight
@@ -18,9 +18,9 @@ class QuantizeWeights:
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         ledger = []
+        fixed = constant_made(graph.graph.nodes)
         for node in list(graph.graph.nodes):
-            table = kind(node) == "embedding" and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
-            if not (is_weighted(node) or table):
+            if not (is_weighted(node) or is_table(node, fixed)):
                 continue
             reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
             if reason is None:
