@@ -215,3 +215,14 @@ def test_a_simulation_can_run_batches_of_any_size_one_after_the_other() -> None:
     call = simulate(graph)
     whole = call([images(7)])[0]
     assert torch.equal(torch.cat([call([images(7)[:3]])[0], call([images(7)[3:]])[0]]), whole)
+
+
+@pytest.mark.parametrize("width", [8, 3000])
+@pytest.mark.parametrize("scheme", qdq.SCHEMES)
+def test_dynamic_layers_are_simulated_as_their_operator_defines(scheme: str, width: int) -> None:
+    torch.manual_seed(0)
+    plan = Plan(("quantize_dynamic",), dynamic_scheme=scheme)  # type: ignore[arg-type]
+    graph = capture(nn.Sequential(nn.Linear(width, 6), nn.GELU(), nn.Linear(6, 3)), torch.randn(4, width))
+    steps.apply("quantize_dynamic", graph, context(plan))
+    x = torch.rand(9, width) + 1.0
+    assert torch.equal(simulate(graph)([x])[0], run(graph, [x])[0])
