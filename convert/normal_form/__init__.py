@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from calibrate.graph import finish
 
+from .broadcasting import broadcasts_are_plain
 from .folding import constants_are_folded, scalars_are_literal
 from .identities import nothing_is_a_no_op, nothing_is_asserted, reshapes_are_single
 from .layers import linears_are_recognised
@@ -26,6 +27,8 @@ def normalise(graph: GraphModule) -> GraphModule:
     nothing_is_a_no_op(graph)
     operators_are_high_level(graph)
     linears_are_recognised(graph)
+    constants_are_folded(graph)
+    broadcasts_are_plain(graph)
     constants_are_folded(graph)
     scalars_are_literal(graph)
     patterns_are_recognised(graph)

@@ -273,3 +273,35 @@ def test_what_depends_on_constants_alone_is_computed_once_but_not_repeated_in_me
     assert names(graph) == {"add": 2, "expand": 1, "mean": 1}
     x = torch.randn(3, 5, 4)
     assert_equal(run(graph, [x]), (model(x),), 1e-6)
+
+
+class Masked(nn.Module):
+    """A mask and token types as text models write them."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.words, self.types = nn.Embedding(9, 4), nn.Embedding(2, 4)
+        self.register_buffer("zeros", torch.zeros(1, 5).long())
+        self.register_buffer("ones", torch.ones(1, 1, 5, 5) > 0)
+        self.shift = shift
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        rows, columns = torch.arange(ids.shape[0]), (torch.arange(5) + self.shift) % 5
+        seen = self.ones & mask.bool()[rows[:, None, None, None], columns[None, None, None]]
+        x = self.words(ids) + self.types(self.zeros.expand(ids.shape[0], 5))
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_mask_indexed_by_aranges_is_a_reshape_and_one_indexed_otherwise_is_not(shift: int) -> None:
+    model = Masked(shift).eval()
+    ids, mask = torch.arange(10).reshape(2, 5) % 9, torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]])
+    graph = normalise(unlift(exported(model, ids, mask)))
+    found = names(graph)
+    assert found["index"] == shift
+    assert found["embedding"] == 1  # the other one is a constant
+    assert found["logical_and"] + found["__and__"] == 1  # it spreads the mask to all queries
+    for batch in (1, 2):
+        wanted = model(ids[:batch], mask[:batch])
+        assert_equal(run(graph, [ids[:batch], mask[:batch]]), (wanted,), 1e-6)
