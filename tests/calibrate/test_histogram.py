@@ -42,12 +42,13 @@ def test_merging_two_histograms_is_one_over_both(first: np.ndarray, second: np.n
 
 @settings(max_examples=60, deadline=None)
 @given(values=ARRAYS)
-def test_every_value_is_counted_in_a_bin_at_most_one_width_from_it(values: np.ndarray) -> None:
+def test_every_value_is_counted_in_the_bin_it_lies_in(values: np.ndarray) -> None:
     histogram = of(values)
     width = 2 * histogram.limit / BINS
     filled = histogram.centers[histogram.counts > 0].numpy()
     distance = np.abs(values[:, None].astype(np.float64) - filled).min(1)
-    assert distance.max() <= width * (0.5 + 1e-6)
+    # Adding `limit` in float32 may carry a value on an edge, by limit * 2^-23, into the next bin.
+    assert distance.max() <= width * (0.5 + 1e-3)
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
