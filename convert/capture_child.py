@@ -2,7 +2,8 @@
 
     python capture_child.py JOB.json
 
-Run in a child interpreter (maybe the user's own, with torch 2.6 or newer), so it imports nothing of ours. The job is
+Run in a child interpreter (maybe the user's own, with torch 2.6 or newer), so it imports nothing of ours, and it is one
+file, because modules beside it could shadow the user's. The job is
 {"model", "weights", "examples", "inputs", "threads", "out"}; `out` is an existing folder that receives
 
     program.pt2                   the module, as torch.export sees it

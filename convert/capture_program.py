@@ -69,7 +69,7 @@ def unlift(program: ExportedProgram, prefix: str = "") -> GraphModule:
             graph.output(_outputs(program, node, copies))
         else:
             copies[node] = _operator(graph, node, copies, prefix)
-    result = GraphModule(root, graph)
+    result = GraphModule(root, graph).eval()
     result.graph.lint()
     return result
 

@@ -178,6 +178,7 @@ def test_a_function_is_captured_in_a_child_and_equals_its_module(folder: Path) -
     assert captured.check == CaptureCheck(np.inf, 0.0, 4, "the module itself", False)
     assert captured.notes == ("the module was in training mode; it was captured in evaluation mode",)
     assert "models" not in sys.modules
+    assert not captured.graph.training
     assert list(work.iterdir()) == []
     assert not (folder / "__pycache__").exists()
 
