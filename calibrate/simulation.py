@@ -76,6 +76,7 @@ class Simulation(Interpreter):
         self._outputs: dict[Node, _Output] = {}  # compute node -> how its codes are written
         self._written: dict[Node, Node] = {}  # quantize node -> the compute node whose codes it stands for
         self._codes: dict[Node, Tensor] = {}
+        self._weights: dict[Node, Tensor] = {}  # dequantized constants, computed once
         for node in graph.graph.nodes:
             if node.target is qdq.DYNAMIC_LINEAR or not (self._half or jitter):
                 self._recognise(graph, node)
@@ -105,7 +106,7 @@ class Simulation(Interpreter):
         something other than an integer kernel, moved codes or the input itself."""
         if self._half:
             return True
-        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+        for node in self.module.graph.nodes:
             if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
                 return True
             if node.target is not qdq.QUANTIZE or node in self._written:
@@ -120,10 +121,14 @@ class Simulation(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = self._run(n)
         if self._half and n.op != "output" and isinstance(value, Tensor) and value.dtype == torch.float32:
-            return value.clamp(-HALF_MAX, HALF_MAX).half().float()
+            value = value.clamp(-HALF_MAX, HALF_MAX).half().float()
+        if n.target is qdq.DEQUANTIZE_CHANNEL and all(a.op == "get_attr" for a in n.all_input_nodes):
+            self._weights[n] = value
         return value
 
     def _run(self, n: Node) -> Any:
+        if n in self._weights:
+            return self._weights[n]
         source = self._written.get(n)
         if source in self._codes:
             assert source is not None
