@@ -84,6 +84,7 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), "cast"),
     **dict.fromkeys(("lstm", "gru"), "lstm"),
     "einsum": "einsum",
+    "linalg_vector_norm": "sum",
     **dict.fromkeys(
         ("arange", "full", "ones", "zeros", "new_ones", "new_zeros", "full_like", "zeros_like"), "constant"
     ),
@@ -126,6 +127,8 @@ def kind(node: Node) -> str:
         return {"placeholder": "input", "get_attr": "weight", "output": "output"}.get(node.op, "other")
     if getattr(node.target, "__name__", "") == "getitem":
         return "getitem"
+    if getattr(node.target, "__module__", "") == "_operator":
+        return "shape"  # arithmetic on sizes
     name = operator_name(node)
     if name.startswith(("quantize_per", "dequantize_per")):
         return "qdq"

@@ -528,7 +528,7 @@ def _report(run: Run, results: list[schema.Result], seconds: float) -> schema.Re
         convert_seconds=seconds,
         peak_rss_mib=peak_rss_mib(),
     )
-    return report.model_copy(update={"warnings": tuple(warnings_of(report, samples.notes))})
+    return report.model_copy(update={"warnings": tuple(warnings_of(report, (*captured.notes, *samples.notes)))})
 
 
 def peak_rss_mib() -> float:

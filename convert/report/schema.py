@@ -1,8 +1,9 @@
 """The report as data: exactly what `report.json` holds, documented in docs/report.md.
 
-JSON has no infinity. A comparison without any difference has an SQNR of +inf; it is written as `sqnr_db: null` with
-`exact: true`. Where no ratio exists at all (an output is NaN, the reference is zero), `sqnr_db` is null and
-`undefined` says why. Models accept `math.inf` and NaN for `sqnr_db` and turn them into this encoding.
+JSON has no infinity. A comparison without any difference has an SQNR of +inf; it is written as `exact: true` with
+`sqnr_db` at 200, a value no float32 comparison reaches, so that a reader may compare numbers. Where no ratio exists at
+all (an output is NaN, the reference is zero), `sqnr_db` is null and `undefined` says why. Models accept `math.inf` and
+NaN for `sqnr_db` and turn them into this encoding.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
+EXACT_SQNR_DB = 200.0
 
 
 class Part(BaseModel):
@@ -47,7 +49,7 @@ class Evaluation(Part):
 class Signal(Part):
     """A ratio of signal to noise, with the encoding of what is not a number."""
 
-    sqnr_db: FiniteFloat | None = Field(description="10 log10(signal power / noise power); null: see below.")
+    sqnr_db: FiniteFloat | None = Field(description="10 log10(signal power / noise power); 200 with exact.")
     exact: bool = Field(default=False, description="True when no value differs: an SQNR of +infinity.")
     undefined: str | None = Field(default=None, description="Why there is no SQNR at all, in words.")
 
@@ -57,17 +59,21 @@ class Signal(Part):
         if not isinstance(data, dict):
             return data
         value = data.get("sqnr_db")
+        if value is None and data.get("exact"):
+            value = math.inf
         if not isinstance(value, float) or math.isfinite(value):
             return data
         if value == math.inf:
-            return {**data, "sqnr_db": None, "exact": True}
+            return {**data, "sqnr_db": EXACT_SQNR_DB, "exact": True}
         default = "the values compared are not all finite" if math.isnan(value) else "the reference is zero"
         return {**data, "sqnr_db": None, "undefined": data.get("undefined") or default}
 
     @model_validator(mode="after")
     def _one_meaning(self) -> Self:
-        if (self.sqnr_db is not None) + self.exact + (self.undefined is not None) != 1:
-            raise ValueError("give exactly one of sqnr_db, exact: true, and undefined")
+        if (self.sqnr_db is not None) == (self.undefined is not None):
+            raise ValueError("give exactly one of sqnr_db and undefined")
+        if self.exact and self.sqnr_db != EXACT_SQNR_DB:
+            raise ValueError(f"exact: true goes with sqnr_db {EXACT_SQNR_DB:g}, exactly one meaning")
         return self
 
 

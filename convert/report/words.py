@@ -5,9 +5,9 @@ from .schema import Accuracy, Latency, Report, Result, Signal
 
 def sqnr(signal: Signal) -> str:
     """An SQNR: "26.9 dB", "exact", or "undefined"."""
-    if signal.sqnr_db is not None:
-        return f"{signal.sqnr_db:.1f} dB"
-    return "exact" if signal.exact else "undefined"
+    if signal.exact:
+        return "exact"
+    return "undefined" if signal.sqnr_db is None else f"{signal.sqnr_db:.1f} dB"
 
 
 def size(count: int) -> str:

@@ -38,9 +38,9 @@ def test_the_json_has_the_documented_names() -> None:
     assert set(first["placement"]) >= {"int8_ops", "float_ops", "fallbacks"}
 
 
-def test_infinity_is_written_as_null_with_exact() -> None:
+def test_infinity_is_written_as_exact_with_a_number_that_compares() -> None:
     made = LayerDrift(layer="a", sqnr_db=math.inf)
-    assert made.model_dump() == {"layer": "a", "sqnr_db": None, "exact": True, "undefined": None}
+    assert made.model_dump() == {"layer": "a", "sqnr_db": 200.0, "exact": True, "undefined": None}
     assert LayerDrift.model_validate_json(made.model_dump_json()) == made
 
 
