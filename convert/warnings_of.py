@@ -30,18 +30,27 @@ def _of_result(result: Result) -> Iterator[str]:
         )
     if not result.match.within_one_step:
         yield f"{subject}: the artifact differs from the torch simulation by more than one output step."
-    if (
-        result.latency
-        and result.latency.speedup is not None
-        and result.latency.speedup < 1
-        and "float32" not in result.recipe
-    ):
-        yield f"{subject}: slower than float here ({result.latency.speedup:.2f}x on {result.latency.cpu}){_elsewhere(result)}."
+    if result.latency and _is_slower(result):
+        speedup, cpu = result.latency.speedup, result.latency.cpu
+        yield f"{subject}: slower than float here ({speedup:.2f}x on {cpu}){_elsewhere(result)}."
     if result.latency and not result.latency.stable:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
+
+
+def _is_slower(result: Result) -> bool:
+    """True when a quantized artifact is slower than float beyond what the timing leaves open."""
+    latency = result.latency
+    if (
+        latency is None
+        or latency.speedup is None
+        or latency.ratio_interval is None
+        or result.recipe.endswith("float32")
+    ):
+        return False
+    return latency.speedup < 1 and latency.ratio_interval[1] < 1
 
 
 def _elsewhere(result: Result) -> str:

@@ -104,7 +104,11 @@ class Target(Protocol):
 
 def names() -> list[str]:
     """The names of all targets; imports none of them."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name != "errors" and not m.ispkg)
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(__path__)
+        if not m.name.startswith("_") and m.name != "errors" and not m.ispkg
+    )
 
 
 def find(name: str) -> Target:

@@ -24,10 +24,13 @@ _DEQUANTIZE_INT8, _DEQUANTIZE_HALF = 5, 3
 _LAYOUTS = {2: ((0, 1), (1, 0)), 3: ((0, 1, 2), (0, 2, 1), (1, 2, 0)), 4: ((0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0))}
 
 
-def name_interface(file: TFLiteFile, inputs: Sequence[InputSpec], outputs: Sequence[str]) -> None:
+def name_interface(
+    file: TFLiteFile, inputs: Sequence[InputSpec], outputs: Sequence[str], codes_outside: bool = False
+) -> None:
     """Give the signature and its tensors the job's names, in the job's order; floats outside where it is int8 inside.
 
-    litert-torch folds the first Q and the last DQ into the interface; both are put back, as operators.
+    litert-torch folds the first Q and the last DQ into the interface; both are put back, as operators, unless
+    `codes_outside`: then the interface itself is int8, for compilers that take nothing else.
     """
     signature = file.model.signatureDefs[0]
     signature.signatureKey = SIGNATURE.encode()
@@ -38,18 +41,18 @@ def name_interface(file: TFLiteFile, inputs: Sequence[InputSpec], outputs: Seque
     head: list[Any] = []
     for entry, spec in zip(sources, inputs, strict=True):
         inner = entry.tensorIndex
-        if spec.dtype == "float32" and file.scales(inner) is not None:
+        if spec.dtype == "float32" and file.scales(inner) is not None and not codes_outside:
             entry.tensorIndex = file.add_tensor(spec.name, "FLOAT32", file.shape(inner))
             file.graph.tensors[inner].name = f"{spec.name};quantized".encode()
             head.append(file.make_operator("QUANTIZE", 1, [entry.tensorIndex], [inner]))
         entry.name = file.graph.tensors[entry.tensorIndex].name = spec.name.encode()
     for entry, name in zip(results, outputs, strict=True):
         inner = entry.tensorIndex
-        if file.scales(inner) is not None:
+        if file.scales(inner) is not None and not codes_outside:
             entry.tensorIndex = file.add_tensor(name, "FLOAT32", file.shape(inner))
             file.graph.tensors[inner].name = f"{name};quantized".encode()
             file.graph.operators.append(file.make_operator("DEQUANTIZE", 2, [inner], [entry.tensorIndex]))
-        entry.name = name.encode()
+        entry.name = file.graph.tensors[entry.tensorIndex].name = name.encode()
     file.graph.operators[:0] = head
     signature.inputs, signature.outputs = sources, results
     file.graph.inputs = [e.tensorIndex for e in sources]

@@ -23,7 +23,7 @@ def lower(job: Job) -> bytes:
     file = TFLiteFile(convert(prepared.graph, samples, prepared.static))
     file.inline_composites()
     remove_fences(file, prepared.fences)
-    name_interface(file, job.inputs, job.outputs)
+    name_interface(file, job.inputs, job.outputs, codes_outside=job.rules.quantize_io and prepared.static)
     refuse_foreign_codes(file, prepared)
     pack_weights(file, prepared.packed)
     if job.compute == "float16":

@@ -120,6 +120,11 @@ def _fitted(name: str, values: Array, detail: dict[str, Any]) -> Array:
     wanted = np.dtype(detail["dtype"])
     if values.dtype == wanted:
         return values
+    scale, zero = detail["quantization"]
+    if scale and values.dtype.kind == "f" and wanted.kind in "iu":
+        limits = np.iinfo(wanted)
+        codes = np.rint(values.astype(np.float32) * (np.float32(1) / np.float32(scale))) + zero
+        return np.clip(codes, limits.min, limits.max).astype(wanted)
     if values.dtype.kind != wanted.kind and not (values.dtype.kind in "iub" and wanted.kind in "iub"):
         raise TargetError(f"the input '{name}' is {values.dtype}; the artifact takes {wanted}.")
     cast = values.astype(wanted)

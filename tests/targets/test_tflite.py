@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,18 @@ def test_an_average_pool_that_leaves_its_padding_out_is_exact(tmp_path: Path) ->
 
     found = TARGET.open(_lowered(job(capture(Pool(), IMAGE), IMAGE), tmp_path)).run(batch(IMAGE))
     np.testing.assert_allclose(found["result0"], Pool()(IMAGE).numpy(), atol=1e-6)  # nine float32 sums
+
+
+def test_codes_at_the_interface_where_a_compiler_takes_nothing_else(int8: tuple[Job, Path], tmp_path: Path) -> None:
+    case, path = int8
+    rules = case.rules.model_copy(update={"quantize_io": True})
+    codes = TARGET.open(_lowered(replace(case, rules=rules), tmp_path))
+    floats = TARGET.open(path)
+    assert [i.dtype for i in codes.inputs] == ["int8"]
+    assert [i.dtype for i in floats.inputs] == ["float32"]
+    for x in _images(4):
+        again, once = codes.run(batch(x)), floats.run(batch(x))
+        assert all(np.array_equal(again[name], once[name]) for name in once)
 
 
 def test_one_changed_weight_byte_changes_the_outputs(int8: tuple[Job, Path], tmp_path: Path) -> None:
