@@ -151,7 +151,7 @@ def bench(
         Path | None,
         typer.Option("--float", metavar="FILE", help="The float twin (found beside the artifact by itself)."),
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="At least so many runs of each.")] = 100,
+    runs: Annotated[int, typer.Option(min=20, help="At least so many runs of each.")] = 100,
     seconds: Annotated[float, typer.Option(min=0, help="At least so long for each.")] = 2.0,
     threads: Threads = 1,
     json: Json = False,
@@ -194,7 +194,7 @@ def inspect(
 @app.command(epilog="Example: tightfit devices raspberry-pi-5")
 def devices(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, json: Json = False) -> None:
     """The devices there are; one of them in full, every fact with its source."""
-    from convert.console import show_device, show_devices
+    from convert.listings import show_device, show_devices
 
     show_device(name, json) if name else show_devices(json)
 
@@ -202,7 +202,7 @@ def devices(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None
 @app.command(epilog="Example: tightfit steps")
 def steps(json: Json = False) -> None:
     """The steps that improve a graph, and the recipes made of them."""
-    from convert.console import show_steps
+    from convert.listings import show_steps
 
     show_steps(json)
 
@@ -210,7 +210,7 @@ def steps(json: Json = False) -> None:
 @app.command(epilog="Example: tightfit targets")
 def targets(json: Json = False) -> None:
     """The formats a model can be lowered to, and whether their packages are installed."""
-    from convert.console import show_targets
+    from convert.listings import show_targets
 
     show_targets(json)
 
@@ -218,7 +218,7 @@ def targets(json: Json = False) -> None:
 @app.command(epilog="Example: tightfit doctor")
 def doctor(json: Json = False) -> None:
     """What is installed, what is missing, and the command that brings it."""
-    from convert.console import show_doctor
+    from convert.listings import show_doctor
 
     if not show_doctor(json):
         raise typer.Exit(3)

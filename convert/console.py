@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 
 from convert.progress import Progress, Silent
@@ -70,30 +69,40 @@ def working(quiet: bool = False) -> Iterator[Progress]:
         yield Shown(live)
 
 
-def _print_json(content: Any) -> None:
+def print_json(content: Any) -> None:
+    """Strict JSON on standard output: NaN and infinity are refused."""
     sys.stdout.write(json_module.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def show_report(report: "Report", folder: Path, json: bool) -> None:
     """The table of results, what to beware of, and where the files are."""
     if json:
-        _print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json"))
         return
-    out.print(results_table(report))
-    for warning in report.warnings:
-        out.print(f"[yellow]![/yellow] {escape(warning)}")
-    for result in report.results:
-        for gate in result.gates:
-            if not gate.passed:
-                out.print(f"[red]gate failed[/red] {escape(result.subject)}: {gate.gate}: {escape(gate.reason)}")
+    _print_results(report)
     seconds = f"{report.convert_seconds:.0f} s, peak memory {report.peak_rss_mib:.0f} MiB"
     out.print(f"\n{seconds}. Look at [bold]{escape(str(folder / 'report.html'))}[/bold]")
+
+
+def _print_results(report: "Report") -> None:
+    """The table, what to beware of, and the gates that failed."""
+    out.print(results_table(report))
+    if any(r.latency is None for r in report.results):
+        out.print("[dim]not timed: nothing on this machine runs it as the device would[/dim]")
+    for warning in report.warnings:
+        out.print(f"[yellow]![/yellow] {escape(warning)}")
+    gates = [(result.subject, gate) for result in report.results for gate in result.gates]
+    failed = [(subject, gate) for subject, gate in gates if not gate.passed]
+    for subject, gate in failed:
+        out.print(f"[red]gate failed[/red] {escape(subject)}: {gate.gate}: {escape(gate.reason)}")
+    if gates and not failed:
+        out.print(f"[green]all {len(gates)} gates passed[/green]")
 
 
 def results_table(report: "Report") -> Table:
     """One row per artifact; 80 columns are enough."""
     title = f"{escape(report.model.name)}: {report.model.parameters:,} parameters"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("artifact", overflow="fold")
     labelled = any(r.accuracy for r in report.results)
     for name in ("drift", "top-1 %" if labelled else "same top-1", "size", "speed", "int8 ops"):
@@ -110,7 +119,7 @@ def _row(result: "Result", labelled: bool) -> list[str]:
     if labelled:
         found = result.accuracy
         same = "-" if found is None else f"{100 * found.float_:.2f} → {100 * found.artifact:.2f}"
-    placement = f"{result.placement.int8_ops} of {result.placement.int8_ops + result.placement.float_ops}"
+    placement = f"{result.placement.int8_ops}/{result.placement.int8_ops + result.placement.float_ops}"
     if result.placement.fallbacks:
         placement = f"[yellow]{placement}[/yellow]"
     return [
@@ -124,15 +133,15 @@ def _row(result: "Result", labelled: bool) -> list[str]:
 
 
 def _sizes(before: int, after: int) -> str:
-    """Two sizes in the unit that suits the larger one."""
-    unit, name = (2**20, "MiB") if before >= 10 * 2**20 else (2**10, "KiB")
+    """Two sizes on disk in the unit that suits the larger one."""
+    unit, name = (1e6, "MB") if before >= 1e7 else (1e3, "kB")
     return f"{before / unit:.0f} → {after / unit:.0f} {name}"
 
 
 def _speed(result: "Result") -> str:
     latency = result.latency
     if latency is None or latency.speedup is None:
-        return "[dim]not here[/dim]"
+        return "[dim]not timed[/dim]"
     text = f"{latency.speedup:.2f}x"
     if not latency.stable:
         return f"[yellow]~{text}[/yellow]"
@@ -149,19 +158,9 @@ def show_gates(gates: "list[GateResult]", folder: Path, junit: Path | None, mark
     write_text(as_junit(gates), junit or folder / "check.xml")
     write_text(gates_markdown(gates), markdown or folder / "check.md")
     if json:
-        _print_json({"passed": passed, "gates": [g.model_dump(mode="json") for g in gates]})
+        print_json({"passed": passed, "gates": [g.model_dump(mode="json") for g in gates]})
         return passed
-    table = Table()
-    for name in ("", "artifact", "gate"):
-        table.add_column(name, overflow="fold")
-    for name in ("limit", "value"):
-        table.add_column(name, justify="right")
-    table.add_column("why", overflow="fold")
-    for g in gates:
-        mark = "[green]pass[/green]" if g.passed else "[bold red]FAIL[/bold red]"
-        value = "-" if g.value is None else f"{g.value:.5g}"
-        table.add_row(mark, escape(g.subject.replace("/", "\n")), g.gate, f"{g.limit:.5g}", value, escape(g.reason))
-    out.print(table)
+    _print_gates(gates)
     failed = sum(not g.passed for g in gates)
     out.print(
         f"[bold red]{failed} of {len(gates)} gates failed[/bold red]" if failed else f"all {len(gates)} gates passed"
@@ -169,36 +168,42 @@ def show_gates(gates: "list[GateResult]", folder: Path, junit: Path | None, mark
     return passed
 
 
+def _print_gates(gates: "list[GateResult]") -> None:
+    """One block per artifact, in which all columns stand where they stand in the others."""
+    widest = max((len(g.gate) for g in gates), default=0)
+    for subject in dict.fromkeys(g.subject for g in gates):
+        out.print(f"[bold]{escape(subject)}[/bold]")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(width=6, justify="right")
+        table.add_column(width=widest)
+        table.add_column(width=9, justify="right")
+        table.add_column(width=15)
+        table.add_column()
+        for g in (g for g in gates if g.subject == subject):
+            mark = "[green]pass[/green]" if g.passed else "[bold red]FAIL[/bold red]"
+            value = "-" if g.value is None else f"{g.value:.5g}"
+            table.add_row(mark, g.gate, value, f"[dim]limit {g.limit:.5g}[/dim]", escape(g.reason))
+        out.print(table)
+
+
 def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
     """The latency of one artifact beside its float twin."""
     if json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
         return
     out.print(f"[bold]{escape(str(artifact))}[/bold] on {escape(found.executor)}, input: {escape(found.inputs)}")
     latency = found.latency
     if latency is None:
         out.print(escape(found.note or ""))
         return
-    table = Table()
-    for name in ("", "p50 ms", "p90 ms", "p99 ms", "variation", "runs"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row(
-        "artifact",
-        f"{latency.p50_ms:.3f}",
-        f"{latency.p90_ms:.3f}",
-        f"{latency.p99_ms:.3f}",
-        f"{latency.cv:.1%}",
-        str(latency.runs),
-    )
-    if latency.float_p50_ms is not None and latency.float_p90_ms is not None and latency.float_p99_ms is not None:
-        table.add_row(
-            "float",
-            f"{latency.float_p50_ms:.3f}",
-            f"{latency.float_p90_ms:.3f}",
-            f"{latency.float_p99_ms:.3f}",
-            f"{latency.float_cv:.1%}",
-            str(latency.float_runs),
-        )
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("p50 ms", "p90 ms", "p99 ms", "variation", "runs"):
+        table.add_column(name, justify="right")
+    table.add_row("artifact", *_times(latency.p50_ms, latency.p90_ms, latency.p99_ms, latency.cv, latency.runs))
+    float_ = (latency.float_p50_ms, latency.float_p90_ms, latency.float_p99_ms, latency.float_cv, latency.float_runs)
+    if latency.float_p50_ms is not None:
+        table.add_row("float", *_times(*float_))
     out.print(table)
     if latency.speedup is not None and latency.ratio_interval is not None:
         low, high = latency.ratio_interval
@@ -209,167 +214,28 @@ def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
         out.print(f"[yellow]![/yellow] {escape(warning)}")
 
 
+def _times(p50: float | None, p90: float | None, p99: float | None, cv: float | None, runs: int | None) -> list[str]:
+    times = ["-" if t is None else f"{t:.3f}" for t in (p50, p90, p99)]
+    return [*times, "-" if cv is None else f"{cv:.1%}", "-" if runs is None else f"{runs:,}"]
+
+
 def show_inspection(found: "list[Inspection]", json: bool) -> None:
     """Operators, layers and what the device makes of them."""
     from convert.inspection_view import render
 
     if json:
         content = [i.model_dump(mode="json") for i in found]
-        _print_json(content[0] if len(content) == 1 else content)
+        print_json(content[0] if len(content) == 1 else content)
         return
     for inspection in found:
         render(inspection, out)
 
 
-def show_devices(json: bool) -> None:
-    """All devices, one line each."""
-    from device_profiles import names, title
-
-    if json:
-        _print_json([{"name": n, "title": title(n)} for n in names()])
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in names():
-        table.add_row(f"[bold]{name}[/bold]", escape(title(name)))
-    out.print(table)
-    out.print("\n[dim]One in full: tightfit devices NAME. Your own: --device ./my-board.toml[/dim]")
-
-
-def show_device(name: str, json: bool) -> None:
-    """One device: facts with sources, and its rules for every target."""
-    from convert.errors import user_errors
-    from device_profiles import load
-
-    with user_errors():
-        profile = load(name)
-    if json:
-        content = profile.model_dump(mode="json")
-        content["rules"] = {t: profile.rules(t).model_dump(mode="json") for t in ("coreml", "onnx", "tflite")}
-        _print_json(content)
-        return
-    out.print(
-        Panel(
-            f"{escape(profile.summary)}\nDefault target: [bold]{profile.default_target}[/bold]",
-            title=escape(profile.title),
-        )
-    )
-    facts = Table("fact", "value", "source", box=None, padding=(0, 2, 0, 0))
-    values = profile.model_dump(mode="json")
-    for field in profile.facts():
-        value: Any = values
-        for part in field.split("."):
-            value = value[part]
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if not field.startswith("targets."):
-            facts.add_row(field, escape(shown), f"[dim]{escape(profile.source(field) or '')}[/dim]")
-    out.print(facts)
-    rules = Table(
-        "target", "runtime", "network", "auto picks", "why", title="What auto does here", title_justify="left"
-    )
-    for target in sorted({"coreml", "onnx", "tflite"}):
-        r = profile.rules(target)
-        for sort in ("cnn", "transformer", "other"):
-            rules.add_row(
-                target if sort == "cnn" else "",
-                r.runtime if sort == "cnn" else "",
-                sort,
-                getattr(r.recipe, sort),
-                escape(getattr(r.recipe_reason, sort)),
-            )
-    out.print(rules)
-
-
-def first_line(package: str, name: str) -> str:
-    """The first line of a module's docstring, read from its file: nothing is imported."""
-    import ast
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / f"{name}.py"
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
-
-
-def _listed(package: str) -> list[str]:
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_") and p.stem != "errors")
-
-
-def show_steps(json: bool) -> None:
-    """Steps and recipes."""
-    import tomllib
-
-    from convert.recipes import FOLDER
-
-    steps = {name: first_line("calibrate.steps", name) for name in _listed("calibrate.steps")}
-    recipes = {p.stem: tomllib.loads(p.read_text(encoding="utf-8")) for p in sorted(FOLDER.glob("*.toml"))}
-    if json:
-        _print_json({"steps": steps, "recipes": recipes})
-        return
-    table = Table("step", "what it does", title="Steps", title_justify="left")
-    for name, text in steps.items():
-        table.add_row(name, escape(text))
-    out.print(table)
-    table = Table("recipe", "steps", "what comes out", title="Recipes", title_justify="left")
-    table.add_row(
-        "auto", "", "the device's profile picks one of these by the kind of network; see tightfit devices NAME"
-    )
-    for name, recipe in recipes.items():
-        table.add_row(name, ", ".join(recipe["steps"]), escape(recipe["summary"]))
-    out.print(table)
-
-
-def show_targets(json: bool) -> None:
-    """Targets, and whether they can be used here."""
-    from targets import find, names
-
-    rows = [{"name": n, "summary": first_line("targets", n), "missing": find(n).missing()} for n in names()]
-    if json:
-        _print_json(rows)
-        return
-    table = Table("target", "what it is", "state")
-    for row in rows:
-        state = (
-            "[green]ready[/green]"
-            if row["missing"] is None
-            else f"[yellow]missing:[/yellow] {escape(str(row['missing']))}"
-        )
-        table.add_row(row["name"], escape(str(row["summary"])), state)
-    out.print(table)
-
-
-def show_doctor(json: bool) -> bool:
-    """What is installed; True when everything the core needs is there."""
-    from convert.doctor import diagnose
-
-    found = diagnose()
-    fine = all(f.state == "ok" for f in found if f.kind == "core")
-    if json:
-        _print_json({"ok": fine, "findings": [f.model_dump(mode="json") for f in found]})
-        return fine
-    table = Table("", "what", "version", "note")
-    marks = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "unsuitable": "[red]unsuitable[/red]"}
-    for f in found:
-        table.add_row(
-            marks[f.state], escape(f.name), f.version or "-", escape(" ".join(filter(None, (f.note, f.command))))
-        )
-    out.print(table)
-    return fine
-
-
 def show_demo(reports: "dict[str, Report]", folder: Path, json: bool) -> None:
     """The tables of the demo's models."""
     if json:
-        _print_json({name: r.model_dump(mode="json") for name, r in reports.items()})
+        print_json({name: r.model_dump(mode="json") for name, r in reports.items()})
         return
     for name, report in reports.items():
-        out.print(results_table(report))
-        for warning in report.warnings:
-            out.print(f"[yellow]![/yellow] {escape(warning)}")
+        _print_results(report)
         out.print(f"Look at [bold]{escape(str(folder / name / 'report.html'))}[/bold]\n")

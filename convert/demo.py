@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import output
+from convert.gates import Budget
 from convert.pipeline import Options, convert
 from convert.progress import Progress
 from convert.report.schema import Report
@@ -17,6 +18,8 @@ PAIRS = (
     ("jetson-orin-nano", "onnx"),
 )
 CALIBRATION_SAMPLES = 256
+# What a user might ask for: a hundredth of the signal's power as noise, one point of accuracy, no surprise in the file.
+BUDGET = Budget().with_limits(min_sqnr_db=20.0, max_accuracy_drop=0.01, require_match=True)
 
 
 def demo(out: Path, *, threads: int, force: bool, command: str, progress: Progress) -> dict[str, Report]:
@@ -39,6 +42,7 @@ def demo(out: Path, *, threads: int, force: bool, command: str, progress: Progre
                 weights=weights(model),
                 search_path=FOLDER,
                 threads=threads,
+                budget=BUDGET,
                 command=command,
             )
             reports[model] = convert(options, _Titled(progress, model))

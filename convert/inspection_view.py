@@ -1,8 +1,11 @@
 """An inspection as tables on a terminal."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from convert.report import words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -12,11 +15,14 @@ if TYPE_CHECKING:
 
 # More names than this say no more.
 NAMES = 6
+# Longer names of layers continue on the next line, after a dot: the table fits 80 columns.
+NAME_WIDTH = 22
 
 
 def render(inspection: "Inspection", console: "Console") -> None:
     """Print the totals, the layers that hold or multiply numbers, and the outlook on the device."""
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
 
     console.print(f"[bold]{escape(inspection.model)}[/bold] ({inspection.family}): {_totals(inspection)}")
@@ -24,7 +30,7 @@ def render(inspection: "Inspection", console: "Console") -> None:
     console.print(f"Operators: {', '.join(f'{n} {what}' for what, n in inspection.operators.items())}")
     if inspection.uncounted:
         console.print(f"MACs not counted of: {escape(_listed(inspection.uncounted))}")
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     _add_columns(table, inspection.outlook)
     fates = _fates(inspection.outlook)
     for layer in inspection.layers:
@@ -33,11 +39,12 @@ def render(inspection: "Inspection", console: "Console") -> None:
     console.print(table)
     if inspection.outlook is not None:
         for line in _outlook(inspection, inspection.outlook):
-            console.print(line)
+            text = line.lstrip(" ")
+            console.print(Padding(text, (0, 0, 0, len(line) - len(text))))
 
 
 def _totals(inspection: "Inspection") -> str:
-    size = f"{inspection.float_bytes / 2**20:.2f} MiB of constants"
+    size = f"{words.size(inspection.float_bytes)} of constants"
     return f"{inspection.parameters:,} parameters, {_count(inspection.macs)} MACs per sample, {size}"
 
 
@@ -57,7 +64,7 @@ def _add_columns(table: "Table", outlook: "Outlook | None") -> None:
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
     if outlook is not None:
-        table.add_column(f"on {outlook.device}")
+        table.add_column("plan")
 
 
 def _fates(outlook: "Outlook | None") -> dict[str, list[str]]:
@@ -71,10 +78,20 @@ def _fates(outlook: "Outlook | None") -> dict[str, list[str]]:
 def _row(layer: "Layer", inspection: "Inspection", fates: dict[str, list[str]]) -> list[str]:
     shape = "x".join(str(d) for d in layer.shape)
     macs = "?" if layer.macs is None else _count(layer.macs) if layer.macs else ""
-    row = [layer.name, layer.kind, shape, f"{layer.parameters:,}" if layer.parameters else "", macs]
+    row = [_broken(layer.name), layer.kind, shape, f"{layer.parameters:,}" if layer.parameters else "", macs]
     if inspection.outlook is not None:
         row.append(", ".join(fates.get(layer.name, ())) or "float")
     return row
+
+
+def _broken(name: str) -> str:
+    """A layer's name in lines of at most `NAME_WIDTH` characters, where its dots and underscores allow."""
+    lines = [""]
+    for part in re.findall(r"[^._]*[._]?", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > NAME_WIDTH:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _outlook(inspection: "Inspection", outlook: "Outlook") -> Iterator[str]:
@@ -84,8 +101,8 @@ def _outlook(inspection: "Inspection", outlook: "Outlook") -> Iterator[str]:
     yield f"  {escape(outlook.reason)}"
     share = f" ({100 * outlook.int8_macs / inspection.macs:.0f} %)" if inspection.macs else ""
     yield f"  MACs on int8 codes: {_count(outlook.int8_macs)}{share}; all else computes in {outlook.compute}"
-    small, whole = outlook.estimated_bytes / 2**20, inspection.float_bytes / 2**20
-    yield f"  Artifact, estimated from its constants: {small:.2f} MiB; as captured: {whole:.2f} MiB"
+    small, whole = words.size(outlook.estimated_bytes), words.size(inspection.float_bytes)
+    yield f"  Artifact, estimated from its constants: {small}; as captured: {whole}"
     for limit in outlook.limits:
         colour = "red" if limit.verdict == "unsupported" else "yellow"
         yield f"  [{colour}]{limit.verdict}[/{colour}] {limit.kind}: {escape(limit.reason)}"

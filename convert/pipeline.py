@@ -208,7 +208,8 @@ def _samples(options: Options, captured: Captured, work: Path) -> Samples:
     notes = list(dict.fromkeys((*data.notes, *held.notes)))
     if data.fingerprint == held.fingerprint:
         notes.append("evaluation and calibration samples are the same: drift on them flatters the result")
-    return Samples(data, held, options.evaluation, tuple(notes))
+    # The name alone: a report that is passed on tells nothing about folders, and two runs make the same one.
+    return Samples(data, held, Path(options.evaluation).name, tuple(notes))
 
 
 def _batch(options: Options, captured: Captured) -> int:
@@ -415,8 +416,8 @@ def _finite(value: float) -> float | None:
 
 
 def _match(made: Compressed, judged: Judged) -> schema.Match:
-    """The artifact against the simulation, in steps of the output: its scale where it leaves as codes, else 1/255 of its
-    range; or how far the simulation itself moves when float rounding is jittered, where codes come from floats."""
+    """The artifact against the simulation, in steps of the output: its scale where it leaves as codes, else 1/255 of
+    its range; or how far the simulation itself moves when float rounding is jittered, where codes come from floats."""
     step = output_step(made.graph)
     moved = judged.unsteady.max_abs if judged.unsteady.outputs else 0.0
     unit = max(step if step is not None else judged.output_range / 255, moved)
