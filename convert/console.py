@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from convert.progress import Progress, Silent
@@ -102,7 +103,9 @@ def _print_results(report: "Report") -> None:
 def results_table(report: "Report") -> Table:
     """One row per artifact; 80 columns are enough."""
     title = f"{escape(report.model.name)}: {report.model.parameters:,} parameters"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("artifact", overflow="fold")
     labelled = any(r.accuracy for r in report.results)
     for name in ("drift", "top-1 %" if labelled else "same top-1", "size", "speed", "int8 ops"):
@@ -169,21 +172,23 @@ def show_gates(gates: "list[GateResult]", folder: Path, junit: Path | None, mark
 
 
 def _print_gates(gates: "list[GateResult]") -> None:
-    """One block per artifact, in which all columns stand where they stand in the others."""
-    widest = max((len(g.gate) for g in gates), default=0)
+    """One block per artifact; the columns stand where they stand in the others, the reason below its gate."""
+    gate_width = max((len(g.gate) for g in gates), default=0)
+    value_width = max((len(_number(g.value)) for g in gates), default=0)
     for subject in dict.fromkeys(g.subject for g in gates):
         out.print(f"[bold]{escape(subject)}[/bold]")
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(width=6, justify="right")
-        table.add_column(width=widest)
-        table.add_column(width=9, justify="right")
-        table.add_column(width=15)
-        table.add_column()
         for g in (g for g in gates if g.subject == subject):
             mark = "[green]pass[/green]" if g.passed else "[bold red]FAIL[/bold red]"
-            value = "-" if g.value is None else f"{g.value:.5g}"
-            table.add_row(mark, g.gate, value, f"[dim]limit {g.limit:.5g}[/dim]", escape(g.reason))
-        out.print(table)
+            numbers = f"{_number(g.value):>{value_width}}  [dim]limit {_number(g.limit)}[/dim]"
+            out.print(f"  {mark}  {escape(g.gate.ljust(gate_width))}  {numbers}")
+            if g.reason:
+                out.print(Padding(f"[dim]{escape(g.reason)}[/dim]", (0, 0, 0, 8)))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.5g}"
 
 
 def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
@@ -196,7 +201,7 @@ def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
     if latency is None:
         out.print(escape(found.note or ""))
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in ("p50 ms", "p90 ms", "p99 ms", "variation", "runs"):
         table.add_column(name, justify="right")
