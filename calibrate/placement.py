@@ -152,9 +152,10 @@ class _Placer:
         for node in chosen:
             group = numbers.setdefault(root(node), len(numbers))
             sites.group_of[node.name] = group
+            # A kernel that moves codes writes codes: every reader gets them, else the move itself would stay float.
             users = (
                 None
-                if node in forced
+                if node in forced or self._moves(node)
                 else tuple(
                     u.name
                     for u in node.users

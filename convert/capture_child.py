@@ -462,6 +462,8 @@ def capture(job: dict[str, Any]) -> dict[str, Any]:
             f"{sys.executable} cannot import torch ({error}): {sys.executable} -m pip install torch", "environment"
         ) from error
     torch.set_num_threads(job["threads"])
+    # The fast path of nn.TransformerEncoder zeroes padded positions, which neither training nor the exported graph does.
+    torch.backends.mha.set_fastpath_enabled(False)
     model, examples = build(job["model"])
     notes: list[str] = []
     if job["weights"]:

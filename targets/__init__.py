@@ -94,7 +94,7 @@ class Target(Protocol):
         ...
 
     def placement(self, path: Path, job: Job) -> Placement:
-        """Read the artifact back from disk and say what runs how; every quantized layer that came out float is named."""
+        """Read the artifact back from disk: what runs how; every quantized layer that came out float is named."""
         ...
 
     def open(self, path: Path, *, threads: int = 1) -> Session:

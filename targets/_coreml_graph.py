@@ -140,6 +140,7 @@ def _clean(module: GraphModule, half: bool) -> None:
             graph.erase_node(node)
         elif node.target in _VIEWS:  # a view may have leant on the contiguous copy that is gone
             node.target = aten.reshape.default
+    _spell_out_strides(graph)
     _tensor_where(module)
     _mark_half_weights(module, half)
     _fold(module)
@@ -158,6 +159,14 @@ def _drop_checks(graph: Graph) -> None:
         check = label.startswith(("aten._assert", "aten.sym_constrain", "_guards_fn"))
         if check and node.op in ("call_function", "call_module") and not node.users:
             graph.erase_node(node)
+
+
+def _spell_out_strides(graph: Graph) -> None:
+    """max_pool(x, 2) -> max_pool(x, 2, 2): coremltools wants the stride; left out, it is the kernel's size."""
+    for node in graph.nodes:
+        pools = str(node.target).startswith(("aten.max_pool", "aten.avg_pool"))
+        if pools and "stride" not in node.kwargs and (len(node.args) < 3 or not node.args[2]):
+            node.args = (*node.args[:2], node.args[1], *node.args[3:])
 
 
 def _tensor_where(module: GraphModule) -> None:

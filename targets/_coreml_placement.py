@@ -137,9 +137,9 @@ def _is_quantized(node: Node, job: Job) -> bool:
     """Whether the graph wants this layer in int8: of a kind its rules quantize, codes dequantized in and quantized out.
 
     A mean or layer_norm that merely stands between two quantized layers is not one that was quantized. Layers that
-    multiply are quantized whatever becomes of their result.
+    multiply by quantized weights are quantized whatever becomes of their result.
     """
-    if kind(node) not in {*job.rules.quantize_inputs, *MULTIPLYING}:
+    if kind(node) not in job.rules.quantize_inputs:
         return False
     sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
     activations = [source for source in sources if source.target is not qdq.DEQUANTIZE_CHANNEL]

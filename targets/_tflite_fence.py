@@ -22,6 +22,8 @@ FENCE = "tightfit.fence"
 # The key in a node's `meta` that says: this layer's weight is packed once the file is written.
 PACKED = "tightfit_packed"
 _ARITHMETIC = ("add", "sub", "mul", "div")
+# The converter would quantize these, and LiteRT's int8 kernels for them are several times slower than XNNPACK's float.
+_SLOW = ("hardswish", "gelu")
 # Operators that keep the scale of their input, yet round.
 _SAME_SCALE = ("avg_pool", "upsample")
 
@@ -37,7 +39,7 @@ def insert_fences(graph: GraphModule, static: bool) -> int:
                 fences.behind(node)
         elif static and has_float_constant(node) and _reaches_codes(end):
             fences.behind(end)
-        elif static and (_rounds_unasked(node) or _moves_constant(node)):
+        elif static and (_rounds_unasked(node) or _moves_constant(node) or graphs.kind(node) in _SLOW):
             # The converter would move the DQ in front of such an operator behind it.
             for value in node.all_input_nodes:
                 if not _is_fixed(value):

@@ -80,6 +80,7 @@ def _is_activation(file: TFLiteFile, op: Any) -> bool:
 def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
     """Each layer that the job quantizes and the file computes in float, once."""
     seen: set[str] = set()
+    planned = (*job.rules.quantize_inputs, *job.rules.shared_scale)
     weights = _int8_weights(file)
     float_ops = _float_operators(file)
     results = _results(job)
@@ -95,7 +96,7 @@ def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
             if codes_key(graphs.constant(job.graph, node.args[0]).numpy()) not in weights:
                 layer = graphs.layer_name(next(iter(node.users), node))
                 reason = "its int8 weights are not in the file: the converter changed or merged them"
-        elif _wants_int8(node):
+        elif graphs.kind(node) in planned and _wants_int8(node):
             names = float_ops.get(_sanitized(layer))
             reason = f"{names} runs in float: its inputs and output are not all int8 here" if names else None
         if reason is not None and layer not in seen:
