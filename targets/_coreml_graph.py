@@ -141,6 +141,7 @@ def _clean(module: GraphModule, half: bool) -> None:
         elif node.target in _VIEWS:  # a view may have leant on the contiguous copy that is gone
             node.target = aten.reshape.default
     _spell_out_strides(graph)
+    _fill_by_shape(module)
     _tensor_where(module)
     _mark_half_weights(module, half)
     _fold(module)
@@ -159,6 +160,22 @@ def _drop_checks(graph: Graph) -> None:
         check = label.startswith(("aten._assert", "aten.sym_constrain", "_guards_fn"))
         if check and node.op in ("call_function", "call_module") and not node.users:
             graph.erase_node(node)
+
+
+def _fill_by_shape(module: GraphModule) -> None:
+    """zeros_like(x, dtype=float32) and its kin -> a constant: shapes are static, and coremltools ignores the dtype, so
+    that zeros like a bool mask would become a bool mask, which means the opposite of an additive one."""
+    fills = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1}
+    for node in list(module.graph.nodes):
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if name in fills or name in ("full_like", "new_full"):
+            value = fills.get(name, node.args[-1])
+            if isinstance(value, Node):
+                continue
+            made = node.meta["val"]
+            constant = add_constant(module, name, torch.full(tuple(made.shape), value, dtype=made.dtype), node)
+            node.replace_all_uses_with(constant)
+            module.graph.erase_node(node)
 
 
 def _spell_out_strides(graph: Graph) -> None:
