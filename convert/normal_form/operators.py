@@ -181,6 +181,17 @@ def _adaptive_pool(node: Node) -> None:
     replace(node, aten.adaptive_avg_pool2d.default, node.args)
 
 
+def _adaptive_max_pool(node: Node) -> None:
+    """adaptive_max_pool2d whose windows are all alike -> max_pool2d, which runtimes have; its indices must be unread."""
+    before, size = value(node.args[0]), node.args[1]
+    if before is None:
+        return
+    rows, columns = int(before.shape[-2]), int(before.shape[-1])
+    if not rows % size[0] and not columns % size[1]:
+        window = [rows // size[0], columns // size[1]]
+        _first_of_tuple(node, aten.max_pool2d.default, (node.args[0], window, window))
+
+
 def _multiply_by_constant(node: Node) -> None:
     """mul(constant, x) -> mul(x, constant), so that patterns have one form to look for."""
     one, other = node.args[:2]
@@ -204,6 +215,7 @@ REWRITES: dict[str, Callable[[Node], None]] = {
     "t": _transpose,
     "numpy_T": _transpose,
     "_adaptive_avg_pool2d": _adaptive_pool,
+    "adaptive_max_pool2d": _adaptive_max_pool,
     "relu6": _relu6,
     "mul": _multiply_by_constant,
 }

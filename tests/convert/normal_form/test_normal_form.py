@@ -305,3 +305,12 @@ def test_a_mask_indexed_by_aranges_is_a_reshape_and_one_indexed_otherwise_is_not
     for batch in (1, 2):
         wanted = model(ids[:batch], mask[:batch])
         assert_equal(run(graph, [ids[:batch], mask[:batch]]), (wanted,), 1e-6)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, "max_pool2d"), ((2, 4), "max_pool2d"), (3, "adaptive_max_pool2d")])
+def test_an_adaptive_max_pool_with_windows_alike_is_a_max_pool(size: int | tuple[int, int], expected: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    program = exported(nn.AdaptiveMaxPool2d(size), x)
+    graph = normalise(unlift(functional(program)))
+    assert names(graph)[expected] == 1
+    assert_equal(run(graph, [x]), (nn.AdaptiveMaxPool2d(size)(x),), 0.0)
