@@ -36,7 +36,7 @@ class Compressed:
 
     @property
     def exact(self) -> GraphModule | None:
-        """The graph after the last step that leaves the float function unchanged; None when the first one changes it."""
+        """The graph after the last step that leaves the float function unchanged; None when none does."""
         last = None
         for name, graph in self.stages:
             if not steps.find(name).exact:

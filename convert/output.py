@@ -1,12 +1,7 @@
-"""The folder a conversion writes: made beside its final place and renamed, so nothing is ever half there."""
+"""What the folder of a conversion holds beside artifacts and report: manifests with hashes, and reference samples."""
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,54 +15,6 @@ MANIFEST_VERSION = 1
 # What `check` re-runs: enough samples to see a fault, small enough to keep in a repository.
 REFERENCE_SAMPLES = 64
 REFERENCE_BYTES = 64 * 2**20
-
-
-def refuse_existing(out: Path, force: bool) -> None:
-    """Raise TightfitError when `out` is there and may not be replaced, or holds things that are not ours."""
-    if not out.exists():
-        return
-    if not force:
-        raise TightfitError(f"{out} exists already. Choose another folder with -o, or replace it with --force.")
-    ours = out.is_dir() and (not any(out.iterdir()) or any(out.glob("report.json")) or any(out.glob("*/report.json")))
-    if not ours:
-        raise TightfitError(
-            f"{out} was not made by Tightfit (it has no report.json), so --force will not delete it. "
-            "Choose another folder with -o."
-        )
-
-
-@contextmanager
-def written_whole(out: Path, force: bool = False) -> Iterator[Path]:
-    """Give a fresh folder beside `out`; rename it to `out` at the end, or remove it when anything fails."""
-    refuse_existing(out, force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise TightfitError(f"cannot write to {out.parent}: {error.strerror}. Choose another folder with -o.") from error
-    try:
-        yield work
-        work.chmod(0o755)
-        _swap(work, out)
-    except OSError as error:
-        raise TightfitError(f"cannot write {out}: {error.strerror or error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _swap(work: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(work, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-old-", dir=out.parent))
-    os.rename(out, old / "old")
-    try:
-        os.rename(work, out)
-    except OSError:
-        os.rename(old / "old", out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def file_hashes(path: Path) -> dict[str, str]:
@@ -113,7 +60,7 @@ class Reference:
 
     def write(self, path: Path) -> None:
         """Write a compressed .npz."""
-        np.savez_compressed(path, **{k: np.concatenate(v) for k, v in sorted(self.arrays.items())})  # type: ignore[arg-type]
+        np.savez_compressed(path, **{k: np.concatenate(v) for k, v in sorted(self.arrays.items())})
 
 
 def reference_count(sample_bytes: int, available: int, batch: int) -> int:

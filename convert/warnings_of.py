@@ -25,8 +25,8 @@ def _of_result(result: Result) -> Iterator[str]:
         worst = result.drift.first_jump.worst_layers[:3] if result.drift.first_jump else ()
         where = f" Worst layers: {', '.join(worst)}." if worst else ""
         yield (
-            f"{subject}: the artifact drifted to {artifact.sqnr_db:.1f} dB against float; it no longer computes what the "
-            f"model does.{where} Try --recipe auto, which puts such layers back to float."
+            f"{subject}: the artifact drifted to {artifact.sqnr_db:.1f} dB against float; it no longer computes what "
+            f"the model does.{where} Try --recipe auto, which puts such layers back to float."
         )
     if not result.match.within_one_step:
         yield f"{subject}: the artifact differs from the torch simulation by more than one output step."

@@ -182,7 +182,7 @@ def _adaptive_pool(node: Node) -> None:
 
 
 def _adaptive_max_pool(node: Node) -> None:
-    """adaptive_max_pool2d whose windows are all alike -> max_pool2d, which runtimes have; its indices must be unread."""
+    """adaptive_max_pool2d whose windows are all alike -> max_pool2d, which runtimes have; indices must be unread."""
     before, size = value(node.args[0]), node.args[1]
     if before is None:
         return
