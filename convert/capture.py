@@ -62,6 +62,8 @@ def capture(
     form = _form(model)
     if weights is not None and form != "function":
         raise TightfitError(f"--weights goes with module:function; {model} brings its own weights.")
+    if form != "function":
+        _refuse_absent(Path(model))
     if examples is not None and any(len(a) == 0 for a in examples.values()):
         raise TightfitError("the calibration data is empty; give at least one sample.")
     raw = _raw(form, model, weights, inputs, examples, python, work, search_path)
@@ -133,11 +135,23 @@ def _form(model: str) -> str:
     path = Path(model)
     if path.is_file():
         raise TightfitError(_refusal(path))
-    near = difflib.get_close_matches(
-        path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
-    )
-    hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
-    raise TightfitError(f"'{model}' is no model: give {FORMS}.{hint}")
+    if path.is_dir():
+        raise TightfitError(f"'{model}' is a folder, no model: give {FORMS}.")
+    raise TightfitError(f"'{model}' is no model: give {FORMS}.{_nearest(path)}")
+
+
+def _refuse_absent(path: Path) -> None:
+    if path.is_dir():
+        raise TightfitError(f"{path} is a folder, not a file; give {FORMS}.")
+    if not path.is_file():
+        raise TightfitError(f"there is no file {path}; check the path of the model.{_nearest(path)}")
+
+
+def _nearest(path: Path) -> str:
+    """The file beside `path` whose name is most like it, as a sentence; nothing where there is none."""
+    files = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, files, 1)
+    return f" Did you mean '{path.parent / near[0]}'?" if near else ""
 
 
 def _refusal(path: Path) -> str:

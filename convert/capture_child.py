@@ -100,6 +100,10 @@ def called(function: Any, reference: str) -> Any:
     """What the user's function returns; its own error, with its line, when it raises."""
     try:
         return function()
+    except SystemExit as error:
+        raise Refused(
+            f"{reference} ended the interpreter: it called sys.exit({error.code!r}). Let it return the model."
+        ) from error
     except Exception as error:
         raise Refused(f"{reference} raised {told(error)}") from error
 
@@ -141,10 +145,9 @@ def read_weights(path: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(
             f"{path} is refused: it is damaged or holds more than plain weights, and reading more than weights could "
-            f"run code ({reason[:200]}). Nothing in it was run. Save the weights alone: "
+            f"run code ({unpickling_reason(error)}). Nothing in it was run. Save the weights alone: "
             "torch.save(model.state_dict(), ...) or safetensors."
         ) from error
     if isinstance(state, Mapping) and set(state) == {"state_dict"}:
@@ -152,6 +155,13 @@ def read_weights(path: str) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise Refused(f"{path} holds no plain state dict (names and tensors only); save model.state_dict() alone.")
     return dict(state)
+
+
+def unpickling_reason(error: Exception) -> str:
+    """What torch found in the file, without its advice on reading it unsafely."""
+    text = str(error).strip() or type(error).__name__
+    found = text.partition("WeightsUnpickler error:")[2].strip() or text
+    return found.splitlines()[0].split(". ")[0][:200]
 
 
 def listed(names: list[str], most: int = 4) -> str:
@@ -185,9 +195,9 @@ def samples_of(job: dict[str, Any], model: torch.nn.Module, examples: Any) -> tu
     else:
         wanted = ", ".join(f"'{n}'" for n in required) or "the input"
         raise Refused(
-            f"the shape of {wanted} is unknown: give --calibration data, name it with --input NAME:DTYPE:SHAPE (as in "
-            f"--input {(required or ['x'])[0]}:float32:1x3x224x224), or let the function return (module, example "
-            "inputs)."
+            f"the shape of {wanted} is unknown: give data with --calibration (`convert`), name it with "
+            f"--input NAME:DTYPE:SHAPE (as in --input {(required or ['x'])[0]}:float32:1x3x224x224), or let the "
+            "function return (module, example inputs)."
         )
     absent = [n for n in required if n not in batch]
     unknown = [n for n in batch if n not in names]
@@ -462,7 +472,7 @@ def capture(job: dict[str, Any]) -> dict[str, Any]:
             f"{sys.executable} cannot import torch ({error}): {sys.executable} -m pip install torch", "environment"
         ) from error
     torch.set_num_threads(job["threads"])
-    # The fast path of nn.TransformerEncoder zeroes padded positions, which neither training nor the exported graph does.
+    # The fast path of nn.TransformerEncoder zeroes padded positions; neither training nor the exported graph does.
     torch.backends.mha.set_fastpath_enabled(False)
     model, examples = build(job["model"])
     notes: list[str] = []

@@ -11,6 +11,8 @@ from torch.fx import GraphModule
 
 from calibrate.graph import run
 from calibrate.samples import Array, Batch, InputSpec
+from convert.data.arrays import ArraySource
+from convert.data.matching import match
 from convert.errors import TightfitError
 
 # Two float32 evaluations of one function differ in their rounding only: SQNR far above 100 dB for a few layers, above
@@ -87,7 +89,7 @@ def sqnr_db(wanted: Array, got: Array) -> float:
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     if bool(same.all()):
         return math.inf
-    error = float(((a - b)[~same] ** 2).sum())
+    error = float(((a[~same] - b[~same]) ** 2).sum())
     signal = float((a[np.isfinite(a)] ** 2).sum())
     return 10 * math.log10(signal / error) if signal > 0 and math.isfinite(error) else -math.inf
 
@@ -96,7 +98,7 @@ def max_abs(wanted: Array, got: Array) -> float:
     """The largest difference; inf where a number stands against NaN or another infinity."""
     a, b = as_double(wanted), as_double(got)
     different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-    worst = np.abs((a - b)[different]).max(initial=0.0)
+    worst = np.abs(a[different] - b[different]).max(initial=0.0)
     return float(worst) if np.isfinite(worst) else math.inf
 
 
@@ -118,19 +120,6 @@ def _random(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dt
 
 
 def fed(inputs: Sequence[InputSpec], examples: Batch, source: str) -> Batch:
-    """The examples by input name, cast to the inputs' dtypes; TightfitError for a missing name or wrong shape."""
-    if list(examples) == [""] and len(inputs) == 1:
-        examples = {inputs[0].name: examples[""]}
-    result = {}
-    for spec in inputs:
-        if spec.name not in examples:
-            names = ", ".join(f"'{n}'" if n else "one array without a name" for n in examples)
-            raise TightfitError(f"{source} has no array for the model's input '{spec.name}'; it has {names}.")
-        array = examples[spec.name]
-        if array.shape[1:] != spec.sample_shape:
-            raise TightfitError(
-                f"the model's input '{spec.name}' takes samples of shape {list(spec.sample_shape)}, {source} has "
-                f"{list(array.shape[1:])}."
-            )
-        result[spec.name] = np.ascontiguousarray(array.astype(spec.dtype))
-    return result
+    """The examples by input name, cast to the inputs' dtypes; TightfitError where `convert.data.matching` refuses."""
+    pairs, _ = match(ArraySource(source, examples), inputs, None)
+    return {p.input.name: np.ascontiguousarray(examples[p.column].astype(p.input.dtype)) for p in pairs}

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -253,13 +254,18 @@ def _command() -> str:
 
 def main() -> None:
     """Run the command line; every error a user can cause becomes a paragraph and an exit code."""
+    from convert.stopping import Stopped, stoppable
+
     # Libraries that talk on import or start-up; what they say is not for our users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not sys.warnoptions:  # python -W or PYTHONWARNINGS brings them back
+        warnings.simplefilter("ignore")
     try:
-        app()
-    except KeyboardInterrupt:
+        with stoppable():
+            app()
+    except Stopped as stop:
         print("stopped; nothing was left behind.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.exit_code)
     except Exception as error:
         from convert.errors import TightfitError
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import output
 from convert.gates import Budget
+from convert.out_folder import written_whole
 from convert.pipeline import Options, convert
 from convert.progress import Progress
 from convert.report.schema import Report
@@ -27,7 +27,7 @@ def demo(out: Path, *, threads: int, force: bool, command: str, progress: Progre
     from convert.demo_assets import FOLDER, MODELS, factory, weights
 
     reports = {}
-    with output.written_whole(out, force) as folder:
+    with written_whole(out, force) as folder:
         data = folder / "data"
         data.mkdir()
         _write_data(data)

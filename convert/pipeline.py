@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import targets
 from calibrate.samples import CalibrationSet, InputSpec
@@ -19,8 +20,10 @@ from convert.errors import MissingDependency, TightfitError, user_errors
 from convert.evaluation import Judged, judge, output_step
 from convert.gates import Budget, evaluate
 from convert.latency import measure
+from convert.out_folder import written_whole
 from convert.planning import Decision, decide
 from convert.progress import Progress, Silent
+from convert.refusals import label_notes, refuse_contradictions, refuse_too_few
 from convert.report import schema
 from convert.report.views import write_views
 from convert.warnings_of import warnings_of
@@ -93,11 +96,12 @@ def convert(options: Options, progress: Progress | None = None) -> schema.Report
     progress = progress or Silent()
     started = time.perf_counter()
     pairs = _pairs(options)
+    refuse_contradictions(options)
     _refuse_missing(sorted({t for _, t in pairs}))
     import torch
 
     torch.set_num_threads(options.threads)
-    with output.written_whole(options.out, options.force) as folder:
+    with written_whole(options.out, options.force) as folder:
         work = folder / ".work"
         work.mkdir()
         run = _prepare(options, folder, work, progress)
@@ -151,11 +155,6 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
             work=work,
             preprocessing=options.preprocessing,
         )
-    elif not options.synthetic:
-        raise TightfitError(
-            "calibration data is missing: give --calibration DATA (a .npz, .npy or .jsonl file, a folder of images, or "
-            "module:function). To try the tool without data, --synthetic uses random numbers and says so in the report."
-        )
     with user_errors():
         captured = capture(
             options.model,
@@ -170,6 +169,9 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
         captured = replace(captured, name=options.name)
     samples = _samples(options, captured, work)
     batch = _batch(options, captured)
+    refuse_too_few(captured, samples.calibration, samples.evaluation, batch)
+    unused = label_notes(captured, samples.evaluation, batch, asked=options.labels is not None)
+    samples = replace(samples, notes=(*samples.notes, *unused))
     sample_bytes = sum(math.prod(i.sample_shape) * 8 for i in captured.inputs)
     return Run(
         options=options,
@@ -186,8 +188,6 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
 
 def _samples(options: Options, captured: Captured, work: Path) -> Samples:
     if options.synthetic:
-        if options.calibration is not None:
-            raise TightfitError("--synthetic and --calibration exclude each other; give one of them.")
         data = synthetic_data(captured.inputs, samples=options.samples or SYNTHETIC_SAMPLES, seed=options.seed)
         calibration, evaluation = hold_out(data, EVALUATION_SHARE, seed=options.seed)
         return Samples(calibration, evaluation, "random numbers", data.notes)
@@ -474,7 +474,9 @@ def _accuracy(judged: Judged) -> schema.Accuracy | None:
 def _manifest(run: Run, home: Path, result: schema.Result, path: Path, twin: Path) -> None:
     """Write or extend OUT/<device>/manifest.json: what each artifact is, its hashes, and how to make it again."""
     place = home / "manifest.json"
-    content = output.read_json(place) if place.exists() else {"version": output.MANIFEST_VERSION, "artifacts": {}}
+    content: dict[str, Any] = {"version": output.MANIFEST_VERSION, "artifacts": {}}
+    if place.exists():
+        content = output.read_json(place)
     preprocessing = getattr(run.samples.calibration, "preprocessing", None)
     content["artifacts"][result.target] = {
         "file": path.name,

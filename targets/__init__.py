@@ -1,5 +1,6 @@
 """Graph in, artifact out; artifact in, outputs out. One target per file, the file's name is its name."""
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -114,7 +115,9 @@ def names() -> list[str]:
 def find(name: str) -> Target:
     """The target called `name`; imports that one file. Raises TargetError when there is none."""
     if name not in names():
-        raise TargetError(f"there is no target '{name}'; there are {', '.join(names())}")
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise TargetError(f"there is no target '{name}'. {hint}There are {', '.join(names())}.")
     target: Target = importlib.import_module(f"{__name__}.{name}").TARGET
     return target
 

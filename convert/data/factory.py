@@ -48,7 +48,8 @@ def _columns(source: str, folder: Path, exit_code: int) -> dict[str, Path]:
     if exit_code != 0 or not manifest.exists():
         tail = "\n".join((folder / LOG).read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
         raise TightfitError(
-            f"the interpreter that ran {source} died with exit code {exit_code}; its last words:\n{tail}"
+            f"the interpreter that ran {source} died with exit code {exit_code}. Run the function by itself in that "
+            f"interpreter to see why. Its last words:\n{tail or '(none)'}"
         )
     result = json.loads(manifest.read_text())
     if "error" in result:

@@ -80,7 +80,7 @@ def _by_name(source: Source, inputs: Sequence[InputSpec], labels: str | None) ->
             f"Rename it to '{missing[0]}' and save again."
         )
     if missing:
-        raise TightfitError(f"{source.name} has no array for the input '{missing[0]}'. {both}")
+        raise TightfitError(f"{source.name} has no array for the input '{missing[0]}'. {both} Add it.")
     if extra:
         raise TightfitError(
             f"{source.name} has {listed(extra)}, which feeds no input. {both} "
@@ -108,13 +108,13 @@ def _shape_hint(found: tuple[int, ...], wanted: tuple[int, ...], source: Source)
         return ". The samples look like batches: the first axis alone counts the samples, so give them one by one"
     if found == wanted[1:] and wanted[:1] == (1,):
         return f". An axis of length 1 is missing: save array.reshape({', '.join(map(str, (-1, *wanted)))})"
-    return ""
+    return ". Prepare the samples as in training, or export the model for this shape"
 
 
 def _relayout(source: Source, layout: str, axes: str) -> str:
     if source.preprocessing is not None:
         return f'write layout = "{layout}" in the preprocessing file'
-    return f"save array.transpose{axes}"
+    return f'save array.transpose{axes}, or for images write layout = "{layout}" in their preprocessing file'
 
 
 def _cast_note(source: Source, feed: Feed) -> str | None:

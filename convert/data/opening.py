@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrate.samples import Array, Batch, InputSpec
-from convert.data.matching import Feed, label_column, match
+from convert.data.matching import Feed, label_column, match, named
 from convert.data.sample_set import SampleSet
 from convert.data.source import Column, Source, chunk_rows
 from convert.errors import TightfitError
@@ -71,6 +71,8 @@ def peek(
     names = [name for name in opened.columns if name != column]
     length = min((opened.columns[name].length for name in names), default=0)
     _check_count(opened.name, length, fewest=1)
+    for name in names:
+        _check_numbers(opened.name, name, opened.columns[name])
     return next(opened.read(names, np.arange(min(count, length)), count))
 
 
@@ -137,6 +139,14 @@ def _check_count(name: str, length: int, fewest: int = FEWEST) -> None:
         raise TightfitError(f"{name} holds no samples.")
     if length < fewest:
         raise TightfitError(f"{name} holds one sample; give at least {fewest}, better {FEW} or more.")
+
+
+def _check_numbers(source: str, name: str, column: Column) -> None:
+    if column.dtype.kind not in "biuf":
+        raise TightfitError(
+            f"{source}: {named(name)} holds {column.dtype}, which no model takes. Save numbers: float32, or int64 for "
+            "token ids."
+        )
 
 
 def _label_file(labels: str | None, source: Source) -> Path | None:

@@ -136,7 +136,15 @@ def samples_of(reference: str) -> Iterator[Any]:
 
     module_name, _, function_name = reference.partition(":")
     sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not error.name or module_name.split(".")[0] != error.name:
+            raise
+        raise BadSample(
+            f"there is no module '{module_name}' (looked in {os.getcwd()}, PYTHONPATH and the packages of "
+            f"{sys.executable}). Run from its folder, or put that folder on PYTHONPATH"
+        ) from error
     if not hasattr(module, function_name):
         raise BadSample(f"the module '{module_name}' ({module.__file__}) has no '{function_name}'")
     found = getattr(module, function_name)
@@ -159,6 +167,8 @@ def main(reference: str, folder: str, limit: int) -> None:
         result = {"columns": spool(samples_of(reference), folder, limit)}
     except BadSample as error:
         result = {"error": f"{reference}: {error}"}
+    except SystemExit as error:
+        result = {"error": f"{reference} ended the interpreter: it called sys.exit({error.code!r})"}
     except Exception as error:
         result = {"error": failure(error, reference)}
     with open(os.path.join(folder, "spool.json"), "w") as file:

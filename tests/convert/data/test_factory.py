@@ -118,7 +118,8 @@ def test_user_code_never_runs_in_this_process(tmp_path: Path) -> None:
     [
         ("fails", "KeyError: 'no such record'"),
         ("fails", 'raise KeyError("no such record")'),
-        ("dies", "exit code 3; its last words:\nabout to die"),
+        ("dies", "exit code 3. Run the function by itself"),
+        ("dies", "Its last words:\nabout to die"),
         ("nothing", "gave no sample"),
         ("changes", "all samples need one shape"),
         ("renames", "sample 1 has ['z'], sample 0 has ['x']"),
@@ -135,7 +136,7 @@ def test_what_goes_wrong_is_told(tmp_path: Path, function: str, words: str) -> N
 
 
 def test_a_missing_module_and_a_missing_interpreter_are_told(tmp_path: Path) -> None:
-    with pytest.raises(TightfitError, match="No module named 'nowhere'"):
+    with pytest.raises(TightfitError, match="there is no module 'nowhere'"):
         open_data("nowhere:data", (SPEC,), work=tmp_path / "work")
     with pytest.raises(MissingDependency, match="--python"):
         open_data("images:dicts", (SPEC,), work=tmp_path / "work", python=tmp_path / "no-python")
