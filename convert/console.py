@@ -188,7 +188,7 @@ def _print_gates(gates: "list[GateResult]") -> None:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.5g}"
+    return f"{value:,.0f}" if float(value).is_integer() or 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
 
 
 def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:

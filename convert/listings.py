@@ -16,7 +16,6 @@ from convert.console import out, print_json
 if TYPE_CHECKING:
     from device_profiles import DeviceProfile
 
-TARGETS = ("coreml", "onnx", "tflite")
 NETWORKS = ("cnn", "transformer", "other")
 UNVERIFIED = "unverified:"
 
@@ -39,17 +38,18 @@ def show_device(name: str, json: bool) -> None:
     """One device: what `auto` does on it, and its facts with their sources. Raises TightfitError."""
     from convert.errors import user_errors
     from device_profiles import load
+    from targets import names
 
     with user_errors():
         profile = load(name)
     if json:
         content = profile.model_dump(mode="json")
-        content["rules"] = {t: profile.rules(t).model_dump(mode="json") for t in TARGETS}
+        content["rules"] = {t: profile.rules(t).model_dump(mode="json") for t in names()}
         print_json(content)
         return
     out.print(f"[bold]{escape(profile.title)}[/bold]\n{escape(profile.summary)}\n")
     out.print("[bold]What auto picks[/bold], by target and kind of network")
-    for target in sorted(TARGETS, key=lambda t: t != profile.default_target):
+    for target in sorted(names(), key=lambda t: t != profile.default_target):
         _print_choices(profile, target)
     _print_facts(profile)
 
