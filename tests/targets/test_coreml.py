@@ -15,6 +15,7 @@ import pytest
 import torch
 from coreml_models import cases
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 pytest.importorskip("coremltools")
 
@@ -373,6 +374,23 @@ def test_a_wholly_masked_row_stays_finite_in_float16(tmp_path: Path) -> None:
     expected = reference(job, {"scores": scores, "keep": keep})["shares"]
     np.testing.assert_allclose(shares[:, [0, 2]], expected[:, [0, 2]], atol=2e-3)
     assert np.isfinite(shares).all()
+
+
+class FilledZeros(nn.Module):
+    """Zeros like a bool mask, filled: an additive mask whose dtype is not its model's; a pool without a stride."""
+
+    def forward(self, scores: Tensor, keep: Tensor) -> Tensor:
+        hidden = keep == 0
+        mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, -torch.inf)
+        return F.max_pool2d(F.scaled_dot_product_attention(scores, scores, scores, mask)[:, None], 2)
+
+
+def test_a_mask_made_by_zeros_like_hides_what_it_should_and_not_the_rest(tmp_path: Path) -> None:
+    scores, keep = torch.randn(1, 4, 4), torch.tensor([[[1, 1, 1, 0]]]).expand(1, 4, 4).contiguous()
+    job = job_of(FilledZeros(), (scores, keep), ("scores", "keep"), ("mixed",))
+    TARGET.lower(job, tmp_path / "mask.mlpackage")
+    inputs = {"scores": scores, "keep": keep}
+    assert_same(run(tmp_path / "mask.mlpackage", inputs), reference(job, inputs), 1e-5)
 
 
 def test_finite_masks_replaces_what_float16_cannot_hold_and_nothing_else() -> None:
