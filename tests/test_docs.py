@@ -31,6 +31,8 @@ def commands_in(page: str) -> list[list[str]]:
 def refusal(arguments: list[str]) -> str | None:
     """Why the command line would refuse these arguments, None when it takes them. Nothing is run."""
     commands = get_command(app).commands  # type: ignore[attr-defined]
+    if arguments == ["--help"]:
+        return None
     if arguments[0] not in commands:
         return f"there is no command {arguments[0]}"
     if len(arguments) == 1:  # the text speaks of a command, it does not show its use
