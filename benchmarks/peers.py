@@ -65,6 +65,27 @@ def ai_edge_dynamic(twin: Path, samples: Samples, path: Path) -> None:
     path.write_bytes(quantizer.Quantizer(str(twin), recipe.dynamic_wi8_afp32()).quantize().quantized_model)
 
 
+class OnnxSession:
+    """An ONNX file in ONNX Runtime as it comes, on one thread; Tightfit's own session forces int8 kernels."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, inputs: Samples) -> Samples:
+        """Outputs by name."""
+        return dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
+
+    def bind(self, inputs: Samples) -> Callable[[], object]:
+        """A call that runs once."""
+        return lambda: self.session.run(None, inputs)
+
+
+Session = OnnxSession | targets.Session
 Converter = Callable[[Path, Samples, Path], None]
 PEERS: dict[str, tuple[str, str, Converter]] = {
     "onnxruntime static": ("onnx", "onnxruntime", onnxruntime_static),
@@ -110,8 +131,8 @@ def main() -> None:
     with np.load(job["evaluation"]) as arrays:
         evaluation = dict(arrays)
     labels = evaluation.pop("labels", None)
-    target = targets.find(form)
-    session, float_session = target.open(path), target.open(twin)
+    load = OnnxSession if form == "onnx" else targets.find(form).open
+    session, float_session = load(path), load(twin)
     drift, shares = _compared(session, float_session, evaluation, labels)
     first = next(one_by_one(evaluation))
     latency = measure(session.bind(first), float_session.bind(first), threads=1)
@@ -128,7 +149,7 @@ def main() -> None:
 
 
 def _compared(
-    session: targets.Session, float_session: targets.Session, samples: Samples, labels: np.ndarray | None
+    session: Session, float_session: Session, samples: Samples, labels: np.ndarray | None
 ) -> tuple[Drift, tuple[float, float] | None]:
     """Drift over all samples, and top-1 of float and artifact as shares where there are labels."""
     drift: Drift | None = None
