@@ -19,6 +19,7 @@ from convert.capture_archive import load_program
 from convert.capture_program import functional, input_specs, unlift
 from convert.capture_raw import Raw, Reference
 from convert.errors import MissingDependency, TightfitError
+from convert.out_folder import raise_if_full
 
 SCRIPT = Path(__file__).with_name("capture_child.py")
 WRAPPER = "model."
@@ -93,6 +94,7 @@ def _run_child(
         ) from error
     answer = folder / "result.json"
     if code != 0 or not answer.exists():
+        raise_if_full(folder)
         tail = "\n".join((folder / "log.txt").read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
         raise TightfitError(
             f"the interpreter that captured {reference} {_how(code)}. Run the function by itself in that "

@@ -17,6 +17,8 @@ from convert.errors import TightfitError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPLACED = ".replaced"
+# A write that fails for want of room first fills what there is.
+LITTLE_ROOM = 2**20
 
 
 @contextmanager
@@ -42,12 +44,21 @@ def written_whole(out: Path, force: bool = False) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         _swap(work, out)
-    except OSError as error:
-        raise TightfitError(_failure(error, work, out)) from error
+    except (OSError, TightfitError) as error:
+        cause = _full_disk(error) or error
+        if isinstance(cause, TightfitError):
+            raise
+        raise TightfitError(_failure(cause, work, out)) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
         _remove_empty(missing)
+
+
+def raise_if_full(folder: Path) -> None:
+    """Raise OSError (ENOSPC) when the disk of `folder` is full: for what a child process that died could not say."""
+    if shutil.disk_usage(folder).free < LITTLE_ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def refuse_existing(out: Path, force: bool) -> None:
@@ -64,13 +75,22 @@ def refuse_existing(out: Path, force: bool) -> None:
         )
 
 
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk without room that is behind `error`, whatever was made of it on the way; None if none is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        error = error.__cause__
+    return None
+
+
 def _failure(error: OSError, work: Path, out: Path) -> str:
+    place = Path(os.fsdecode(error.filename)) if error.filename else work
+    subject = f"cannot write {out}" if place.is_relative_to(work) else str(place)
     if error.errno in NO_ROOM:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        return f"cannot write {out}: {reason}. Nothing was left behind. Free some space, or name another disk with -o."
-    if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(work):
-        return f"{os.fsdecode(error.filename)}: {error.strerror}. Nothing was left behind."
-    return f"cannot write {out}: {error.strerror or error}. Nothing was left behind."
+        return f"{subject}: {reason}. Nothing was left behind. Free some space, or name another disk with -o."
+    return f"{subject}: {error.strerror or error}. Nothing was left behind."
 
 
 def _locked_folder(out: Path) -> tuple[Path, int]:

@@ -278,9 +278,12 @@ def _twin(run: Run, target: targets.Target, job: targets.Job, decision: Decision
 
 
 def _copy(source: Path, destination: Path) -> None:
+    """Copy a file or a folder. Not by copytree, whose error hides why a file could not be written."""
     destination.parent.mkdir(exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, destination, dirs_exist_ok=True)
+        destination.mkdir()
+        for inner in sorted(source.iterdir()):
+            _copy(inner, destination / inner.name)
     else:
         shutil.copyfile(source, destination)
 

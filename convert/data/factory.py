@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convert.data.npy import NpySource
 from convert.errors import MissingDependency, TightfitError
+from convert.out_folder import raise_if_full
 
 SCRIPT = Path(__file__).with_name("spool_samples.py")
 LOG = "log.txt"
@@ -46,6 +47,7 @@ def open_factory(source: str, work: Path, *, limit: int | None = None, python: P
 def _columns(source: str, folder: Path, exit_code: int) -> dict[str, Path]:
     manifest = folder / "spool.json"
     if exit_code != 0 or not manifest.exists():
+        raise_if_full(folder)
         tail = "\n".join((folder / LOG).read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
         raise TightfitError(
             f"the interpreter that ran {source} died with exit code {exit_code}. Run the function by itself in that "
@@ -53,6 +55,7 @@ def _columns(source: str, folder: Path, exit_code: int) -> dict[str, Path]:
         )
     result = json.loads(manifest.read_text())
     if "error" in result:
+        raise_if_full(folder)
         raise TightfitError(
             f"{result['error']}. The function must return samples one by one, without a batch axis: arrays, dicts of "
             "arrays by input name, or pairs (inputs, class index)."
