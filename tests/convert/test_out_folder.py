@@ -1,68 +1,133 @@
-"""The folder of results: whole or not there."""
+"""The folder a command writes: whole or not at all, and what a killed run leaves is cleared by the next."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from command_line import ROOT, contents
 
 from convert.errors import TightfitError
-from convert.out_folder import written_whole
-from convert.output import reference_count
+from convert.out_folder import raise_if_full, written_whole
 
 
-def test_what_is_written_appears_at_the_end_and_not_before(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with written_whole(out) as folder:
-        (folder / "report.json").write_text("{}")
+@contextmanager
+def failing(out: Path, error: BaseException, force: bool = False) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """Write half a result to `out`, raise `error`, and give what comes out."""
+    with pytest.raises(BaseException) as caught, written_whole(out, force) as work:  # noqa: PT011, PT012
+        (work / "half").touch()
+        raise error
+    yield caught
+
+
+def make(out: Path, name: str = "report.json", force: bool = False) -> None:
+    with written_whole(out, force) as work:
+        (work / name).touch()
+
+
+def killed(out: Path, where: str) -> None:
+    """A process that writes to `out` and is killed at `where`."""
+    code = (
+        f"import os, pathlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import convert.out_folder as o\n"
+        "die = lambda *a: os.kill(os.getpid(), 9)\n"
+        f"out = pathlib.Path({str(out)!r})\n"
+        f"with o.written_whole(out, force=True) as work:\n    (work / 'half').touch()\n    {where}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_nothing_is_at_its_place_before_all_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with written_whole(out) as work:
+        (work / "report.json").touch()
         assert not out.exists()
-    assert (out / "report.json").read_text() == "{}"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path) == {"a", "a/out", "a/out/report.json"}
+    assert out.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def fail() -> None:
-        with written_whole(tmp_path / "out") as folder:
-            (folder / "part").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+def test_a_failure_leaves_nothing_not_even_the_parents_it_made(error: BaseException, tmp_path: Path) -> None:
+    with failing(tmp_path / "a" / "b" / "out", error) as caught:
+        assert contents(tmp_path) == set()
+    assert isinstance(caught.value, TightfitError if isinstance(error, OSError) else type(error))
 
 
-def test_an_existing_folder_is_refused_and_a_strangers_is_never_deleted(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(TightfitError, match="--force"), written_whole(out):
-        pass
-    with pytest.raises(TightfitError, match="not made by Tightfit"), written_whole(out, force=True):
-        pass
-    assert (out / "thesis.txt").read_text() == "mine"
+def test_a_failure_keeps_the_earlier_result(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with failing(tmp_path / "out", ValueError("bug"), force=True):
+        assert contents(tmp_path) == {"out", "out/report.json"}
 
 
-def test_force_replaces_an_earlier_result_and_a_failure_keeps_it(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with written_whole(out) as folder:
-        (folder / "report.json").write_text("1")
-
-    def fail() -> None:
-        with written_whole(out, force=True):
-            raise ValueError("half-way")
-
-    with pytest.raises(ValueError, match="half-way"):
-        fail()
-    assert (out / "report.json").read_text() == "1"
-    with written_whole(out, force=True) as folder:
-        (folder / "report.json").write_text("2")
-    assert (out / "report.json").read_text() == "2"
+def test_a_full_disk_is_named_however_deep_it_is_buried(tmp_path: Path) -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as full:
+            raise ValueError("the file cannot be written") from full
+    except ValueError as middle:
+        buried = TightfitError("save it again")
+        buried.__cause__ = middle
+    with failing(tmp_path / "out", buried) as caught:
+        assert "the disk is full. Nothing was left behind. Free some space" in str(caught.value)
+    with failing(tmp_path / "out", TightfitError("another reason")) as caught:
+        assert str(caught.value) == "another reason"
 
 
-@pytest.mark.parametrize(
-    ("sample_bytes", "available", "batch", "count"),
-    [(10, 1000, 1, 64), (10, 5, 1, 5), (2**24, 100, 1, 4), (10, 100, 24, 48)],
-)
-def test_the_reference_is_small_and_a_multiple_of_the_batch(
-    sample_bytes: int, available: int, batch: int, count: int
-) -> None:
-    assert reference_count(sample_bytes, available, batch) == count
+def test_an_error_on_another_file_names_that_file(tmp_path: Path) -> None:
+    with failing(tmp_path / "out", PermissionError(errno.EACCES, "Permission denied", "/secret/key")) as caught:
+        assert str(caught.value).startswith("/secret/key: Permission denied.")
+
+
+def test_room_on_a_disk_is_no_error(tmp_path: Path) -> None:
+    raise_if_full(tmp_path)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    killed(tmp_path / "out", "die()")
+    assert any(name.endswith("/half") for name in contents(tmp_path))
+    make(tmp_path / "out")
+    assert contents(tmp_path) == {"out", "out/report.json"}
+
+
+def test_a_run_that_is_alive_keeps_its_folder(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "out") as work:
+        make(tmp_path / "out")
+        assert work.is_dir()
+        (tmp_path / "out" / "report.json").unlink()
+        (tmp_path / "out").rmdir()
+    assert (tmp_path / "out").is_dir()
+
+
+def test_other_folders_are_none_of_its_business(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    (tmp_path / ".out.partial-link").symlink_to(tmp_path / "mine")
+    (tmp_path / ".other.partial-1").mkdir()
+    make(tmp_path / "out")
+    assert contents(tmp_path) >= {"mine/file", ".out.partial-link", ".other.partial-1"}
+
+
+def test_an_earlier_result_comes_back_when_its_replacement_was_killed(tmp_path: Path) -> None:
+    make(tmp_path / "out", "report.json")
+    # Between the two renames: the earlier result is aside, the new one not yet in place.
+    killed(tmp_path / "out", "rename, o.os.rename = o.os.rename, lambda a, b: (rename(a, b), die())")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TightfitError, match="exists already"):
+        make(tmp_path / "out")
+    assert contents(tmp_path) == {"out", "out/report.json"}
+
+
+def test_a_folder_that_holds_the_user_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    for out in (Path("."), Path(".."), tmp_path, Path("/")):
+        with pytest.raises(TightfitError, match="is the folder you are in"):
+            make(out, force=True)
+    assert os.listdir(tmp_path) == ["sub"]
