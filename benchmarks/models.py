@@ -81,6 +81,7 @@ def minilm() -> nn.Module:
 def sentences(count: int) -> dict[str, np.ndarray]:
     """Real English: sentences of Python's own language reference, as token ids and masks [count, 64] int64."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer
 
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
