@@ -51,8 +51,8 @@ class Simulation(Interpreter):
     bias in it, and where its output is quantized (a relu or clamp between) one multiplication by the float32 number
     input_scale * weight_scale / output_scale, rounded half to even. In float32 where the largest possible sum stays
     below 2^24, else in float64. A mean of codes is an exact sum and one such multiplication; an add of codes follows
-    `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits; ONNX Runtime's QLinearAdd: three float32 operations, checked
-    against it code by code). A matmul of two dequantized tensors runs in float64.
+    `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits; ONNX Runtime's QLinearAdd: two fused multiply-adds in
+    float32, checked against it code by code). A matmul of two dequantized tensors runs in float64.
 
     Everything else runs as the graph is written. With `compute` "float16" the whole graph does, and every float32 value
     is rounded to float16 (saturated at ±65504) after the node that makes it: runtimes that compute in halves dequantize
@@ -267,17 +267,22 @@ def _fixed_point_add(node: Node, args: Any, output: _Output) -> Tensor:
 
 
 def _float_add(node: Node, args: Any, output: _Output) -> Tensor:
-    """QLinearAdd: round(a * ra + (b * rb + c)) on codes with their zero points, every operation in float32."""
+    """QLinearAdd: round(fma(a, ra, fma(b, rb, c))) on codes with their zero points, in float32."""
     codes, ratios, zeros = [], [], []
     for value, source in zip(args[:2], node.args[:2], strict=True):
         steps, scale = _steps(value, source)
         zero = source.args[2]
         codes.append((steps + zero).float())
         ratios.append(torch.tensor(scale, dtype=torch.float32) / torch.tensor(output.scale, dtype=torch.float32))
-        zeros.append(zero)
-    offset = output.zero_point - (ratios[0] * zeros[0] + ratios[1] * zeros[1])
-    total = torch.round(codes[0] * ratios[0] + (codes[1] * ratios[1] + offset))
+        zeros.append(torch.tensor(float(zero)))
+    offset = output.zero_point - _fused(zeros[0], ratios[0], ratios[1] * zeros[1])
+    total = torch.round(_fused(codes[0], ratios[0], _fused(codes[1], ratios[1], offset)))
     return torch.clamp(total, output.low, output.high).to(output.dtype)
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c rounded to float32 once, as a fused multiply-add does; float64 holds codes times float32 exactly."""
+    return (a.double() * b.double() + c.double()).float()
 
 
 def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
