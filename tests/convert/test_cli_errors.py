@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,27 @@ def test_targets_says_what_is_missing_and_how_to_get_it(desk: Path) -> None:
     assert "pip install 'tightfit[tflite]'" in said.out
     assert "pip install 'tightfit[coreml]'" in said.out
     assert said.out.count("ready") == 1
+
+
+def test_doctor_names_what_is_missing_and_ends_with_3_only_for_the_core(
+    tightfit: Tightfit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = metadata.version
+
+    def without(*absent: str) -> None:
+        def version(name: str) -> str:
+            if name in absent:
+                raise metadata.PackageNotFoundError(name)
+            return installed(name)
+
+        monkeypatch.setattr(metadata, "version", version)
+
+    without("litert-torch", "coremltools")
+    said = tightfit("doctor")
+    assert said.code == 0
+    assert 'pip install "tightfit[tflite]"' in said.out
+    assert 'pip install "tightfit[coreml]"' in said.out
+    without("onnxscript")
+    said = tightfit("doctor")
+    assert said.code == 3
+    assert 'pip install "onnxscript>=0.5"' in said.out
