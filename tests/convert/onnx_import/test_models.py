@@ -219,7 +219,7 @@ def test_a_truncated_file_is_said_to_be_damaged(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_shape_names_the_input_and_both_shapes(folder: Path) -> None:
     path = written("cnn", 17, True, folder)
-    with pytest.raises(TightfitError, match=r"'x' takes samples of shape \[3, 16, 16\], the data has \[3, 8, 16\]"):
+    with pytest.raises(TightfitError, match=r"samples of shape \[3, 8, 16\], but the input 'x' takes \[3, 16, 16\]"):
         capture(str(path), examples={"x": np.zeros((2, 3, 8, 16), np.float32)}, work=folder)
     with pytest.raises(TightfitError, match=r"--input names 'y', but the inputs of .* are 'x'"):
         capture(str(path), inputs=[InputSpec("y", (1, 3, 16, 16), "float32")], work=folder)
