@@ -99,6 +99,8 @@ class _Placer:
         plan = self.plan
         if layer_name(node) in plan.keep_float:
             return plan.keep_float[layer_name(node)]
+        if what == "upsample" and "nearest" not in str(node.target):
+            return "interpolation makes values between the codes it reads"
         if what in self.moving and what not in plan.quantize_inputs:
             inputs = _tensors(node)
             if inputs and all(i in self.available for i in inputs) and not self._has_constant(node):

@@ -7,6 +7,7 @@ import torch
 from small_graphs import ISLANDS, SKIPS, Made, capture, images, keeping, nodes_of, only
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 
 from calibrate.graph import kind
 from calibrate.placement import Sites, place, tail
@@ -370,3 +371,21 @@ def test_residual_adds_can_be_left_float_altogether() -> None:
     graph = capture(Residual(), images())
     sites = place(graph, replace(ISLANDS, residual_add="none"))
     assert sites.left[only(graph, "add").name] == "residual adds stay float under this plan"
+
+
+@pytest.mark.parametrize(("mode", "moved"), [("nearest", True), ("bilinear", False)])
+def test_only_an_upsampling_that_copies_values_moves_codes(mode: str, moved: bool) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.interpolate(self.first(x), scale_factor=2.0, mode=mode))
+
+    plan = replace(ISLANDS, shared_scale=ISLANDS.shared_scale | {"upsample"})
+    graph = capture(Up(), torch.randn(2, 3, 4, 4))
+    sites = place(graph, plan)
+    node = next(n for n in graph.graph.nodes if "upsample" in n.name)
+    source = node.args[0]
+    assert (sites.group_of[node.name] == sites.group_of[source.name]) is moved
