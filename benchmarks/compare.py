@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from peers import peer_rows
 from table import Row, markdown, row
 
 import targets
-from convert.report.schema import Report
+from convert.report.schema import Environment, Report
 from device_profiles import load
 
 HERE = Path(__file__).resolve().parent
@@ -37,33 +38,47 @@ class Data:
     evaluation: Path
 
 
+@dataclass
+class Found:
+    """The rows, a line for each model that is absent, and where it all ran, as a report names it."""
+
+    rows: list[Row]
+    skipped: list[str]
+    environment: Environment | None = None
+
+
 def main() -> None:
     """Parse the options, convert, print and write the table; exit code 1 when a conversion failed."""
     options = _options()
     with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        rows, skipped = [], []
-        environment = None
-        for model in options.models.split(","):
-            try:
-                data = prepare(model, options.images, folder)
-            except SystemExit as reason:  # what models.py ends with when a model is absent
-                skipped.append(f"{model} was skipped: {reason}")
-                print(skipped[-1], flush=True)
-                continue
-            for made, used in converted(model, data, options, folder):
-                rows.append(made)
-                environment = used or environment
-                print(_progress(made), flush=True)
-        if environment is None:
-            sys.exit("nothing was converted, so there is nothing to compare")
+        found = gather(options, folder)
+    if found.environment is None:
+        sys.exit("nothing was converted, so there is nothing to compare")
     settings = f"{options.images} evaluation images, {CALIBRATION_IMAGES} calibration images, one thread."
-    text = markdown(rows, environment, datetime.date.today().isoformat(), settings, skipped)
+    text = markdown(found.rows, found.environment, datetime.date.today().isoformat(), settings, found.skipped)
     print(text)
     options.out.write_text(text)
-    if any(r.failure for r in rows):
+    if any(r.failure for r in found.rows):
         sys.exit(1)
+
+
+def gather(options: argparse.Namespace, folder: Path) -> Found:
+    """Convert every model that is there, telling of each row and of each model that is not."""
+    found = Found([], [])
+    for model in options.models.split(","):
+        try:
+            data = prepare(model, options.images, folder)
+        except SystemExit as reason:  # what models.py ends with when a model is absent
+            found.skipped.append(f"{model} was skipped: {reason}")
+            print(found.skipped[-1], flush=True)
+            continue
+        for made, environment in converted(model, data, options, folder):
+            found.rows.append(made)
+            found.environment = environment or found.environment
+            print(_progress(made), flush=True)
+    return found
 
 
 def prepare(model: str, images: int, folder: Path) -> Data:
@@ -81,8 +96,10 @@ def prepare(model: str, images: int, folder: Path) -> Data:
     return data
 
 
-def converted(model: str, data: Data, options: argparse.Namespace, folder: Path):
-    """Yield (row, environment or None) for every device and target, then for the peers."""
+def converted(
+    model: str, data: Data, options: argparse.Namespace, folder: Path
+) -> Iterator[tuple[Row, Environment | None]]:
+    """Yield a row for every device and target, with the environment that a report names; then rows of the peers."""
     twins: dict[str, Path] = {}
     for device in options.devices.split(","):
         default = load(device).default_target
