@@ -1,9 +1,36 @@
 """What is to be quantized and how: decided in `convert` from recipe and profile, handed to the steps as data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-ActivationType = Literal["int8", "uint8"]
+ActivationType = Literal["int8", "uint8", "int16"]
+WeightKind = Literal["int", "palette", "float8_e4m3", "float8_e5m2"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight is stored: `bits` per value, plus scales.
+
+    "int": symmetric codes, one scale per output channel or, with `group`, per so many neighbours along the input axis
+    (linear and embedding; a layer whose input is no multiple of it keeps one scale per channel). `power_of_two`: scales
+    are powers of two (block-wise storage, BCT, arXiv 2304.01483). "palette": indices into a table of 2^bits values, one
+    table per tensor, Core ML only. "float8_*": 8-bit floats with one scale per output channel.
+    """
+
+    bits: int = 8
+    group: int | None = None
+    kind: WeightKind = "int"
+    power_of_two: bool = False
+
+    @property
+    def label(self) -> str:
+        """Such as "int4, groups of 32"."""
+        name = f"int{self.bits}" if self.kind == "int" else f"{self.bits}-bit palette"
+        if self.kind.startswith("float8"):
+            name = self.kind
+        groups = f", groups of {self.group}" if self.group else ""
+        return name + groups + (", powers of two" if self.power_of_two else "")
 
 
 @dataclass(frozen=True)
@@ -14,7 +41,8 @@ class Plan:
     whose output the runtime's kernel writes as codes, `shared_scale` those that move codes without changing scale.
     `residual_add` is "both" (an add reads two quantized tensors), "skip" (only the skip branch is quantized, the other
     stays inside the convolution's kernel) or "none". `half_scales`: scales are float16 numbers, for runtimes that keep
-    them so. `keep_float` maps layer names to the reason they stay float.
+    them so. `keep_float` maps layer names to the reason they stay float. `weight` is how weights
+    are stored, `formats` where a layer differs; `parameters` maps a step's name to what the recipe set for it.
     """
 
     steps: tuple[str, ...]
@@ -33,6 +61,17 @@ class Plan:
     dynamic_kinds: frozenset[str] = frozenset({"linear"})
     keep_float: dict[str, str] = field(default_factory=dict)
     observers: tuple[str, ...] = ("minmax", "percentile", "mse")
+    weight: WeightFormat = WeightFormat()
+    formats: dict[str, WeightFormat] = field(default_factory=dict)
+    parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def format_of(self, layer: str) -> WeightFormat:
+        """The format of a layer's weight: its own in a mixed plan, else the plan's."""
+        return self.formats.get(layer, self.weight)
+
+    def code_range(self, bits: int) -> tuple[int, int]:
+        """The least and largest weight code: ±weight_max for 8 bits, else all codes of so many bits: 4 -> -8, 7."""
+        return (-self.weight_max, self.weight_max) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 @dataclass(frozen=True)

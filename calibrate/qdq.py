@@ -7,14 +7,24 @@ Beside ATen as `torch.export` gives it, a graph may hold:
    layer are dequantized tensors; its output is quantized again where the runtime's kernel wants it.
 2. Weights: a constant of int8 codes (`get_attr`) followed by
    `quantized_decomposed.dequantize_per_channel.default(codes, scales, zero_points, axis, qmin, qmax, int8)`;
-   scales float32, zero_points int64 zeros, axis 0 of conv, linear and embedding weights. Without (1) around the
-   layer this is weight-only quantization.
-3. Dynamic int8: `tightfit.dynamic_linear(x, codes, scales, bias, scheme)` and
-   `tightfit.dynamic_conv2d(x, codes, scales, bias, stride, padding, dilation, groups, scheme)`; x is quantized at run
-   time, the product is exact in integers. `scheme` is how the runtime quantizes x:
+   scales float32, zero_points int64 zeros, axis 0 of conv, linear and embedding weights. qmin and qmax say how many
+   bits a file gives each code: ±127 eight, -8..7 four, -2..1 two (`bits_of`). Without (1) around the layer this is
+   weight-only quantization. With one scale per group of neighbours along the input axis of a linear weight or an
+   embedding table: `dequantize_per_channel_group.default(codes [out, in], scales [out, in / group], None, qmin, qmax,
+   int8, group, float32)`.
+3. Dynamic int8: `tightfit.dynamic_linear(x, codes, scales, bias, scheme, bits)` and
+   `tightfit.dynamic_conv2d(x, codes, scales, bias, stride, padding, dilation, groups, scheme, bits)`; x is quantized at
+   run time, the product is exact in integers. Codes are int8 tensors, `bits` is what a file gives each. scales [out],
+   or for linear [out, in / group]: the products of each group are exact, their scaled sum is float32.
+   `scheme` is how the runtime quantizes x:
    "tensor_uint8": one asymmetric scale for the whole tensor, as ONNX DynamicQuantizeLinear does;
    "row_int8": one asymmetric scale per row (linear: all but the last axis; conv: per sample), as XNNPACK's qd8 does.
 4. Half-precision weights: a float16 constant followed by `aten.to.dtype(w, float32)`.
+5. 16-bit activations: as (1) with dtype int16, zero_point 0, codes in [-32768, 32767].
+6. Palettes: `tightfit.lookup(indices, table)`: a uint8 constant of indices into a float32 table [2^bits].
+7. 8-bit floats: a weight is a float8 constant followed by `tightfit.dequantize_float8(codes, scales)`, scales [out]; an
+   activation `tightfit.quantize_float8(x, scale, kind)` followed by `tightfit.dequantize_float8(codes, scale)`, scale
+   float32 []; kind "float8_e4m3" or "float8_e5m2".
 """
 
 import torch
@@ -26,8 +36,15 @@ QUANTIZE = OPS.quantize_per_tensor.default
 DEQUANTIZE = OPS.dequantize_per_tensor.default
 QUANTIZE_CHANNEL = OPS.quantize_per_channel.default
 DEQUANTIZE_CHANNEL = OPS.dequantize_per_channel.default
+DEQUANTIZE_GROUP = OPS.dequantize_per_channel_group.default
 
 SCHEMES = ("tensor_uint8", "row_int8")
+FLOAT8 = {"float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+
+def bits_of(qmin: int, qmax: int) -> int:
+    """How many bits hold codes in [qmin, qmax]: 8 for ±127 and ±63, 4 for -8..7, 2 for -2..1, 1 for -1..0."""
+    return 8 if qmax >= 63 else max((qmax + 1).bit_length(), (-qmin).bit_length())
 
 
 def dynamic_codes(x: Tensor, scheme: str, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -60,17 +77,34 @@ def dynamic_codes(x: Tensor, scheme: str, axes: tuple[int, ...]) -> tuple[Tensor
 
 
 @torch.library.custom_op("tightfit::dynamic_linear", mutates_args=())
-def dynamic_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
-    """Dynamic int8 linear: x (..., in) float32, codes (out, in) int8, scales (out,) float32 -> (..., out) float32."""
+def dynamic_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, bits: int = 8
+) -> Tensor:
+    """Dynamic int8 linear: x (..., in) float32, codes (out, in) int8 -> (..., out) float32.
+
+    scales float32 (out,), or (out, in / group) for one scale per group of neighbouring inputs.
+    """
     q, scale = dynamic_codes(x, scheme, (-1,))
-    # float64 holds every int8 dot product exactly: |sum| < in * 2^15 * ... stays far below 2^53.
-    product = torch.nn.functional.linear(q.double(), codes.double()).float()
-    y = product * (scale * scales)
+    if scales.dim() == 2:
+        y = grouped_product(q, codes, scales) * scale
+    else:
+        # float64 holds every int8 dot product exactly: |sum| < in * 2^15 * ... stays far below 2^53.
+        product = torch.nn.functional.linear(q.double(), codes.double()).float()
+        y = product * (scale * scales)
     return y if bias is None else y + bias
 
 
+def grouped_product(q: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """q (..., in) times codes (out, in): exact within a group, groups scaled and added in float32 -> (..., out)."""
+    parts = scales.shape[1]
+    left = q.double().unflatten(-1, (parts, -1))
+    right = codes.double().unflatten(-1, (parts, -1))
+    products = torch.einsum("...gk,ogk->...og", left, right).float()
+    return (products * scales).sum(-1)
+
+
 @dynamic_linear.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, bits: int = 8) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -85,6 +119,7 @@ def dynamic_conv2d(
     dilation: list[int],
     groups: int,
     scheme: str,
+    bits: int = 8,
 ) -> Tensor:
     """Dynamic int8 convolution: x (N, C, H, W) float32, codes (out, C/groups, kh, kw) int8, scales (out,) float32."""
     q, scale = dynamic_codes(x, scheme, (1, 2, 3))
@@ -104,9 +139,54 @@ def _(
     dilation: list[int],
     groups: int,
     scheme: str,
+    bits: int = 8,
 ) -> Tensor:
     return torch.nn.functional.conv2d(x, codes.to(x.dtype), None, stride, padding, dilation, groups)
 
 
 DYNAMIC_LINEAR = torch.ops.tightfit.dynamic_linear.default
 DYNAMIC_CONV2D = torch.ops.tightfit.dynamic_conv2d.default
+
+
+@torch.library.custom_op("tightfit::lookup", mutates_args=())
+def lookup(indices: Tensor, table: Tensor) -> Tensor:
+    """A palettized weight: indices uint8 [...], table float32 [2^bits] -> float32 [...]."""
+    return table[indices.long()]
+
+
+@lookup.register_fake
+def _(indices: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty(indices.shape)
+
+
+@torch.library.custom_op("tightfit::quantize_float8", mutates_args=())
+def quantize_float8(x: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """x / scale rounded to 8-bit floats (half to even, saturated): scale float32 [] or [out] along axis 0."""
+    dtype = FLOAT8[kind]
+    reach = torch.finfo(dtype).max
+    shape = scale if scale.dim() == 0 else scale.view(-1, *[1] * (x.dim() - 1))
+    return (x / shape).clamp(-reach, reach).to(dtype)
+
+
+@quantize_float8.register_fake
+def _(x: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=FLOAT8[kind])
+
+
+@torch.library.custom_op("tightfit::dequantize_float8", mutates_args=())
+def dequantize_float8(codes: Tensor, scale: Tensor) -> Tensor:
+    """8-bit floats times their scale, float32: scale [] or [out] along axis 0."""
+    shape = scale if scale.dim() == 0 else scale.view(-1, *[1] * (codes.dim() - 1))
+    return codes.float() * shape
+
+
+@dequantize_float8.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(codes.shape)
+
+
+LOOKUP = torch.ops.tightfit.lookup.default
+QUANTIZE_FLOAT8 = torch.ops.tightfit.quantize_float8.default
+DEQUANTIZE_FLOAT8 = torch.ops.tightfit.dequantize_float8.default
+# What stands between a stored weight and the layer that reads it.
+EXPANDING = (DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP, LOOKUP, DEQUANTIZE_FLOAT8)

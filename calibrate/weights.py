@@ -1,13 +1,17 @@
-"""Weights as codes: symmetric, one scale per output channel."""
+"""Weights as codes: symmetric, one scale per output channel or per group of neighbouring inputs."""
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import qdq
-from .graph import add_constant, constant, layer_name, weight_nodes
-from .plan import Plan
+from .graph import add_constant, constant, kind, layer_name, weight_nodes
+from .plan import Plan, WeightFormat
 from .ranges import SMALLEST_FLOAT
+
+# Below 8 bits the largest weight no longer decides the scale: these shares of it are tried, the least squared error wins
+# (ptq.md's "MSE" observer; Banner et al. 2018, arXiv 1810.05723).
+SHRINKS = tuple(1 - step / 40 for step in range(24))
 
 
 def weight_scales(
@@ -26,9 +30,13 @@ def weight_scales(
     reach = weight.detach().abs().flatten(1).amax(1).double()
     if not per_channel:
         reach = reach.amax().expand_as(reach).clone()
-    largest = float(reach.max()) or 1.0
-    reach = torch.where(reach > 0, reach, torch.full_like(reach, largest))
-    scales = (reach / weight_max).clamp(min=SMALLEST_FLOAT)
+    return _stored(reach / weight_max, bias, input_scale, half_scales)
+
+
+def _stored(scales: Tensor, bias: Tensor | None, input_scale: float | None, half_scales: bool) -> Tensor:
+    """Scales as the runtime stores them: never zero, wide enough for the bias, float16 numbers where asked for."""
+    largest = float(scales.max()) or 1.0
+    scales = torch.where(scales > 0, scales, torch.full_like(scales, largest)).clamp(min=SMALLEST_FLOAT)
     if bias is not None and input_scale is not None:
         scales = torch.maximum(scales, bias.detach().abs().double() / (input_scale * 2**30))
     if half_scales:  # rounded up: rounding down would clip the largest weight
@@ -38,34 +46,100 @@ def weight_scales(
     return scales.float()
 
 
-def weight_codes(weight: Tensor, scales: Tensor, weight_max: int) -> Tensor:
-    """int8 codes of `weight` [out, ...] under `scales` [out]: round half to even, clip to ±weight_max."""
-    shape = (-1, *[1] * (weight.dim() - 1))
-    codes = torch.round(weight.detach().double() / scales.double().view(shape))
-    return codes.clamp(-weight_max, weight_max).to(torch.int8)
+def group_size(weight: Tensor, form: WeightFormat) -> int | None:
+    """The group that this weight can be stored with: the format's, for a matrix whose rows it divides."""
+    fits = form.group is not None and weight.dim() == 2 and weight.shape[1] % form.group == 0
+    return form.group if fits and form.group != weight.shape[1] else None
 
 
-def store_codes(graph: GraphModule, node: Node, codes: Tensor, scales: Tensor, weight_max: int) -> Node:
-    """Add codes, scales and zero points as constants before `node`; return the dequantized weight's node."""
+def fitted_scales(
+    weight: Tensor,
+    plan: Plan,
+    form: WeightFormat,
+    bias: Tensor | None = None,
+    input_scale: float | None = None,
+) -> Tensor:
+    """Scales float32 for a weight [out, ...]: [out], or [out, in / group] where the format has groups.
+
+    8 bits: the largest weight is the largest code. Fewer bits: of `SHRINKS`, what leaves the least squared error,
+    channel by channel (group by group). With `power_of_two` the nearest power of two above.
+    """
+    low, high = plan.code_range(form.bits)
+    group = group_size(weight, form)
+    if form.bits == 8 and group is None and not form.power_of_two:
+        return weight_scales(weight, plan.weight_max, plan.per_channel, bias, input_scale, plan.half_scales)
+    rows = weight.detach().double().reshape(len(weight), -1)
+    rows = rows.reshape(-1, group) if group else rows
+    scales = best_scales(rows, low, high)
+    if not plan.per_channel and group is None:
+        scales = scales.amax().expand_as(scales).clone()
+    if form.power_of_two:
+        scales = torch.where(scales > 0, torch.exp2(torch.ceil(torch.log2(scales.clamp(min=SMALLEST_FLOAT)))), scales)
+    scales = scales.view(len(weight), -1) if group else scales
+    return _stored(scales, bias, input_scale, plan.half_scales)
+
+
+def best_scales(rows: Tensor, low: int, high: int) -> Tensor:
+    """For each row of `rows` (float64 [n, k]) the scale with the least squared rounding error: float64 [n]."""
+    reach = torch.maximum(rows.amax(1).clamp(min=0) / max(high, 1), -rows.amin(1).clamp(max=0) / -low)
+    if high >= 63:
+        return reach
+    best, least = reach.clone(), torch.full_like(reach, torch.inf)
+    # A lone extreme may sit on the side with one code less: symmetric reach over the smaller side is tried first.
+    wide = rows.abs().amax(1) / max(high, 1)
+    for share in SHRINKS:
+        for full in (wide, reach):
+            scale = (full * share).clamp(min=SMALLEST_FLOAT)[:, None]
+            error = (torch.round(rows / scale).clamp(low, high) * scale - rows).square().sum(1)
+            better = error < least
+            best, least = torch.where(better, scale[:, 0], best), torch.where(better, error, least)
+    return torch.where(rows.abs().amax(1) > 0, best, torch.zeros_like(best))
+
+
+def spread(scales: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Scales [out] or [out, groups] repeated so that they multiply a weight of `shape` element by element."""
+    if scales.dim() == 2:
+        return scales.repeat_interleave(shape[1] // scales.shape[1], 1)
+    return scales.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def weight_codes(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """int8 codes of `weight` [out, ...] under `scales` ([out] or [out, groups]): half to even, clipped to [low, high]."""
+    codes = torch.round(weight.detach().double() / spread(scales.double(), weight.shape))
+    return codes.clamp(low, high).to(torch.int8)
+
+
+def store_codes(graph: GraphModule, node: Node, codes: Tensor, scales: Tensor, low: int, high: int) -> Node:
+    """Add codes and scales ([out] or [out, groups]) as constants before `node`; return the dequantized weight's node."""
     stem = f"{layer_name(node)}_weight"
-    parts = (
-        add_constant(graph, f"{stem}_codes", codes, node),
-        add_constant(graph, f"{stem}_scales", scales, node),
-        add_constant(graph, f"{stem}_zeros", torch.zeros(len(scales), dtype=torch.int64), node),
-    )
+    stored = add_constant(graph, f"{stem}_codes", codes, node)
+    steps = add_constant(graph, f"{stem}_scales", scales, node)
+    if scales.dim() == 2:
+        group = codes.shape[1] // scales.shape[1]
+        target, args = qdq.DEQUANTIZE_GROUP, (stored, steps, None, low, high, torch.int8, group, torch.float32)
+    else:
+        zeros = add_constant(graph, f"{stem}_zeros", torch.zeros(len(scales), dtype=torch.int64), node)
+        target, args = qdq.DEQUANTIZE_CHANNEL, (stored, steps, zeros, 0, low, high, torch.int8)
     with graph.graph.inserting_before(node):
-        made = graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*parts, 0, -weight_max, weight_max, torch.int8))
+        made = graph.graph.call_function(target, args)
     made.meta["layer"] = f"{layer_name(node)}.weight"
     return made
 
 
-def quantize_weight(graph: GraphModule, node: Node, plan: Plan) -> None:
-    """Replace the constant weight of a conv, linear or embedding by codes and a dequantize node."""
-    index = 0 if "embedding" in str(node.target) else 1
+def weight_index(node: Node) -> int:
+    """Which argument holds the weight: an embedding's table is the first, a layer's weight the second."""
+    return 0 if kind(node) == "embedding" else 1
+
+
+def quantize_weight(graph: GraphModule, node: Node, plan: Plan) -> WeightFormat:
+    """Replace the constant weight of a conv, linear or embedding by its stored form; return the format it got."""
+    index = weight_index(node)
     source = node.args[0] if index == 0 else weight_nodes(node)[0]
     assert isinstance(source, Node)
     weight = constant(graph, source)
-    scales = weight_scales(weight, plan.weight_max, plan.per_channel, half_scales=plan.half_scales)
-    codes = weight_codes(weight, scales, plan.weight_max)
-    made = store_codes(graph, node, codes, scales, plan.weight_max)
+    form = plan.format_of(layer_name(node))
+    scales = fitted_scales(weight, plan, form)
+    low, high = plan.code_range(form.bits)
+    made = store_codes(graph, node, weight_codes(weight, scales, low, high), scales, low, high)
     node.args = (*node.args[:index], made, *node.args[index + 1 :])
+    return form

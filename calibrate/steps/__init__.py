@@ -2,15 +2,15 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from ..errors import CalibrationError
-from ..graph import finish
+from ..graph import clone, finish
 from ..histogram import Histogram
 from ..plan import Entry, Plan, QParams
 
@@ -23,6 +23,8 @@ class Context:
 
     `batches()` starts a fresh pass over the calibration samples as the graph's positional inputs; `few_batches()` the
     same over a few of them, for work that is dear per sample. `progress(what, samples done)` may be called often.
+    `float_graph` is the graph before the first step that quantized, None until one did: what later steps compare with.
+    `parameters` are what the recipe set for the step that runs now; `seed` decides every random choice.
     `histograms` and `chosen` keep what was learned, so that a second plan on the same graph does not look again;
     `chosen` is keyed by the names of the tensors that share the range.
     """
@@ -31,14 +33,21 @@ class Context:
     batches: Batches
     few_batches: Batches
     progress: Callable[[str, int], None] = lambda what, done: None
+    float_graph: GraphModule | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
     histograms: dict[str, Histogram] = field(default_factory=dict)
     chosen: dict[frozenset[str], QParams] = field(default_factory=dict)
 
 
 class Step(Protocol):
-    """A step edits the graph in place and returns its ledger; `ensures` then checks the result."""
+    """A step edits the graph in place and returns its ledger; `ensures` then checks the result.
 
-    exact: bool  # the float function is unchanged
+    `exact`: the float function is unchanged. `defaults`, where a step has them: its parameters and their default values,
+    which a recipe may set. `refines`, where true: the step improves a graph that is quantized already.
+    """
+
+    exact: bool
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]: ...
 
@@ -60,9 +69,24 @@ def find(name: str) -> Step:
     return step
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The parameters that a recipe may set for the step called `name`, with their default values."""
+    return dict(getattr(find(name), "defaults", {}))
+
+
+def refines(name: str) -> bool:
+    """Whether the step works on a graph that is quantized already."""
+    return bool(getattr(find(name), "refines", False))
+
+
 def apply(name: str, graph: GraphModule, context: Context) -> list[Entry]:
     """Run one step on `graph` in place and hold it to its own promise."""
     step = find(name)
+    if refines(name) and context.float_graph is None:
+        raise CalibrationError(f"the step {name} improves a quantized graph: put a quantizing step before it")
+    if not step.exact and not refines(name) and context.float_graph is None:
+        context.float_graph = clone(graph)
+    context.parameters = {**defaults(name), **context.plan.parameters.get(name, {})}
     ledger = step.apply(graph, context)
     finish(graph)
     wrong = step.ensures(graph)

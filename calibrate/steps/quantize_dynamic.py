@@ -8,7 +8,7 @@ from calibrate import qdq
 from calibrate.graph import add_constant, constant, constant_made, is_table, is_weighted, kind, layer_name, weight_nodes
 from calibrate.plan import Entry
 from calibrate.steps import Context
-from calibrate.weights import quantize_weight, weight_codes, weight_scales
+from calibrate.weights import fitted_scales, quantize_weight, weight_codes
 
 
 class QuantizeDynamic:
@@ -26,15 +26,15 @@ class QuantizeDynamic:
             what = kind(node)
             if is_table(node, fixed):
                 reason = plan.keep_float.get(layer_name(node))
+                action = "left float"
                 if reason is None:
-                    quantize_weight(graph, node, plan)
-                action = "int8 table" if reason is None else "left float"
+                    action = f"{quantize_weight(graph, node, plan).label} table"
                 ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or ""))
             elif what in ("conv", "linear", "conv_transpose", "matmul", "attention"):
                 reason = plan.keep_float.get(layer_name(node)) or _refusal(node, plan.dynamic_kinds)
+                action = "left float"
                 if reason is None:
-                    _replace(graph, node, context)
-                action = "int8, dynamic" if reason is None else "left float"
+                    action = f"{_replace(graph, node, context)}, dynamic"
                 ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or what))
         return ledger
 
@@ -59,28 +59,31 @@ def _argument(node: Node, index: int, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else default
 
 
-def _replace(graph: GraphModule, node: Node, context: Context) -> None:
+def _replace(graph: GraphModule, node: Node, context: Context) -> str:
+    """Put the dynamic layer in the place of `node`; return the label of its weight's format."""
     plan = context.plan
     weight_node, _ = weight_nodes(node)
     assert weight_node is not None
     weight = constant(graph, weight_node)
-    scales = weight_scales(weight, plan.weight_max, plan.per_channel)
+    form = plan.format_of(layer_name(node))
+    scales = fitted_scales(weight, plan, form)
     stem = f"{layer_name(node)}_weight"
-    codes = add_constant(graph, f"{stem}_codes", weight_codes(weight, scales, plan.weight_max), node)
+    codes = add_constant(graph, f"{stem}_codes", weight_codes(weight, scales, *plan.code_range(form.bits)), node)
     scale_node = add_constant(graph, f"{stem}_scales", scales, node)
     bias = _argument(node, 2, None)
     head = (node.args[0], codes, scale_node, bias)
     with graph.graph.inserting_before(node):
         if kind(node) == "linear":
-            made = graph.graph.call_function(qdq.DYNAMIC_LINEAR, (*head, plan.dynamic_scheme))
+            made = graph.graph.call_function(qdq.DYNAMIC_LINEAR, (*head, plan.dynamic_scheme, form.bits))
         else:
             pairs = [_pair(_argument(node, i, d)) for i, d in ((3, 1), (4, 0), (5, 1))]
             groups = _argument(node, 6, 1)
-            made = graph.graph.call_function(qdq.DYNAMIC_CONV2D, (*head, *pairs, groups, plan.dynamic_scheme))
+            made = graph.graph.call_function(qdq.DYNAMIC_CONV2D, (*head, *pairs, groups, plan.dynamic_scheme, form.bits))
     made.meta.update(node.meta)
     made.meta["layer"] = layer_name(node)
     node.replace_all_uses_with(made)
     graph.graph.erase_node(node)
+    return form.label
 
 
 def _pair(value: Any) -> list[int]:

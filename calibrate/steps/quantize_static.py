@@ -13,7 +13,7 @@ from calibrate.placement import Sites, place
 from calibrate.plan import Entry, Plan, QParams
 from calibrate.ranges import candidates, fill_histograms, race
 from calibrate.steps import Context
-from calibrate.weights import store_codes, weight_codes, weight_scales
+from calibrate.weights import fitted_scales, store_codes, weight_codes
 
 # A tensor whose largest value is above this, and above this many times what a quarter of its values stay below, holds a
 # sentinel (a mask's -1e9), not data.
@@ -155,15 +155,10 @@ def _weights(graph: GraphModule, node: Node, plan: Plan) -> None:
     step = source.args[1] if isinstance(source, Node) and source.target is qdq.DEQUANTIZE else None
     input_scale = float(step) if isinstance(step, float) else None
     whole = plan.int32_bias and bias is not None and input_scale is not None
-    scales = weight_scales(
-        weight,
-        plan.weight_max,
-        plan.per_channel,
-        bias if whole else None,
-        input_scale if whole else None,
-        plan.half_scales,
-    )
-    made = store_codes(graph, node, weight_codes(weight, scales, plan.weight_max), scales, plan.weight_max)
+    form = replace(plan.format_of(layer_name(node)), group=None)  # integer kernels have one scale per output channel
+    scales = fitted_scales(weight, plan, form, bias if whole else None, input_scale if whole else None)
+    low, high = plan.code_range(form.bits)
+    made = store_codes(graph, node, weight_codes(weight, scales, low, high), scales, low, high)
     node.args = (node.args[0], made, *node.args[2:])
     if whole and bias is not None and input_scale is not None:
         # The kernel's step is the float32 product of the two scales.

@@ -1,4 +1,4 @@
-"""Weight-only int8: smaller files and less memory traffic, float arithmetic."""
+"""Weights only, int8 or fewer bits: smaller files and less memory traffic, float arithmetic."""
 
 from torch.fx import GraphModule, Node
 
@@ -12,7 +12,7 @@ SMALLEST = 256
 
 
 class QuantizeWeights:
-    """Convolutions, linear layers and embedding tables as int8 codes, one scale per output channel or row."""
+    """Convolutions, linear layers and embedding tables as codes, one scale per output channel or row, or per group."""
 
     exact = False
 
@@ -23,9 +23,9 @@ class QuantizeWeights:
             if not (is_weighted(node) or is_table(node, fixed)):
                 continue
             reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
+            action = "left float"
             if reason is None:
-                quantize_weight(graph, node, context.plan)
-            action = "int8 weights" if reason is None else "left float"
+                action = f"{quantize_weight(graph, node, context.plan).label} weights"
             ledger.append(Entry("quantize_weights", layer_name(node), action, reason or kind(node)))
         return ledger
 
