@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from .coded import CodedLayer, coded
-from .graph import layer_name
+from .graph import is_weighted, layer_name
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Visit:
 
     `inputs`: what the layer reads in the quantized graph (after Q/DQ, where static); `wanted`: what the float graph
     reads there (None where a step before made it unlike in shape); `targets`: what the float layer computed. `compute()`
-    runs the layer as it now stands on `inputs`.
+    runs the layer as it now stands on `inputs`. `partner` is the layer's node in the float graph.
     """
 
     layer: CodedLayer
@@ -31,13 +31,14 @@ class Visit:
     wanted: list[Tensor]
     targets: list[Tensor]
     compute: Callable[[], list[Tensor]]
+    partner: Node
 
 
 class _Run(Interpreter):
     def __init__(self, graph: GraphModule, inputs: list[Tensor]) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.args_iter = iter(inputs)
-        self.env = {}
+        self.env: dict[Node, Any] = {}
         self.last_use: dict[Node, list[Node]] = {}
         seen: set[Node] = set()
         for node in reversed(list(graph.graph.nodes)):
@@ -71,12 +72,12 @@ def walk(
         floats = [_Run(float_graph, b) for b in listed]
         quantized = [_Run(graph, b) for b in listed]
         del listed
-        partners = _partners(float_graph, graph)
+        matched = partners(float_graph, graph)
         pending = iter(list(float_graph.graph.nodes))
         for node in list(graph.graph.nodes):
             if node.op == "output":
                 break
-            partner = partners.get(node)
+            partner = matched.get(node)
             found = coded(node) if partner is not None else None
             if found is None or partner is None:
                 for run in quantized:
@@ -91,7 +92,7 @@ def walk(
             def compute(node: Node = node) -> list[Tensor]:
                 return [_again(run, node) for run in quantized]
 
-            visit(Visit(found, inputs, [h[0] for h in held], [h[1] for h in held], compute))
+            visit(Visit(found, inputs, [h[0] for h in held], [h[1] for h in held], compute, partner))
             for run in quantized:
                 _refresh(run, node)
                 run.step(node)
@@ -138,10 +139,8 @@ def _again(run: _Run, node: Node) -> Tensor:
     return run.run_node(node)
 
 
-def _partners(float_graph: GraphModule, graph: GraphModule) -> dict[Node, Node]:
+def partners(float_graph: GraphModule, graph: GraphModule) -> dict[Node, Node]:
     """Layer of the quantized graph -> the same layer of the float graph, in the order both run in."""
-    from .graph import is_weighted
-
     waiting: dict[str, list[Node]] = {}
     position = {n: i for i, n in enumerate(float_graph.graph.nodes)}
     for node in float_graph.graph.nodes:

@@ -84,6 +84,12 @@ def _fold(graph: GraphModule, node: Node) -> None:
     new_weight = add_constant(graph, f"{name}_folded_weight", folded.to(weight.dtype), source)
     new_bias = add_constant(graph, f"{name}_folded_bias", shift.to(weight.dtype), source)
     source.args = (source.args[0], new_weight, new_bias, *source.args[3:])
+    # Mean and deviation of what the layer now computes, channel by channel: correct_bias knows inputs from it.
+    ones = torch.ones_like(mean)
+    source.meta["bn"] = (
+        (beta if beta is not None else torch.zeros_like(mean)).float(),
+        (gamma.abs() if gamma is not None else ones).float(),
+    )
     for result in [n for n in node.users if kind(n) == "getitem"]:  # a decomposed batch norm returns a tuple
         result.replace_all_uses_with(source)
         graph.graph.erase_node(result)
