@@ -1,7 +1,7 @@
 """Reading and editing the captured graph: what a node computes, its constants, how to run it."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -147,6 +147,11 @@ def _pools_all(node: Node) -> bool:
 def layer_name(node: Node) -> str:
     """The name people know a node by: its module path where capture kept one, else the node's own name."""
     return str(node.meta.get("layer", node.name))
+
+
+def kept_float(node: Node, kept: Mapping[str, str]) -> str | None:
+    """Why this layer stays float: the reason the plan has for its name, or one a step left in `meta["keep_float"]`."""
+    return kept.get(layer_name(node)) or node.meta.get("keep_float")
 
 
 def constant(graph: GraphModule, node: Node) -> Tensor:

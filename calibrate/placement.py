@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph import constant_made, is_constant, is_weighted, kind, layer_name, weight_nodes
+from .graph import constant_made, is_constant, is_weighted, kept_float, kind, layer_name, weight_nodes
 from .plan import Plan
 
 FUSED = ("relu", "clamp")
@@ -90,15 +90,16 @@ class _Placer:
             self.left[layer_name(node)] = reason
         if what == "add" and self.plan.residual_add == "skip":
             skip = _skip_branch(node)
-            if skip is not None and layer_name(node) not in self.plan.keep_float:
+            if skip is not None and kept_float(node, self.plan.keep_float) is None:
                 self.wants[node] = (skip,)
                 self.left.pop(layer_name(node), None)
 
     def _refusal(self, node: Node, what: str) -> str | None:
         """Why this node can't run on codes, or None."""
         plan = self.plan
-        if layer_name(node) in plan.keep_float:
-            return plan.keep_float[layer_name(node)]
+        kept = kept_float(node, plan.keep_float)
+        if kept is not None:
+            return kept
         if what == "upsample" and "nearest" not in str(node.target):
             return "interpolation makes values between the codes it reads"
         if what in self.moving and what not in plan.quantize_inputs:

@@ -5,7 +5,17 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from calibrate import qdq
-from calibrate.graph import add_constant, constant, constant_made, is_table, is_weighted, kind, layer_name, weight_nodes
+from calibrate.graph import (
+    add_constant,
+    constant,
+    constant_made,
+    is_table,
+    is_weighted,
+    kept_float,
+    kind,
+    layer_name,
+    weight_nodes,
+)
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.weights import fitted_scales, quantize_weight, weight_codes
@@ -25,13 +35,13 @@ class QuantizeDynamic:
         for node in list(graph.graph.nodes):
             what = kind(node)
             if is_table(node, fixed):
-                reason = plan.keep_float.get(layer_name(node))
+                reason = kept_float(node, plan.keep_float)
                 action = "left float"
                 if reason is None:
                     action = f"{quantize_weight(graph, node, plan).label} table"
                 ledger.append(Entry("quantize_dynamic", layer_name(node), action, reason or ""))
             elif what in ("conv", "linear", "conv_transpose", "matmul", "attention"):
-                reason = plan.keep_float.get(layer_name(node)) or _refusal(node, plan.dynamic_kinds)
+                reason = kept_float(node, plan.keep_float) or _refusal(node, plan.dynamic_kinds)
                 action = "left float"
                 if reason is None:
                     action = f"{_replace(graph, node, context)}, dynamic"

@@ -2,7 +2,7 @@
 
 from torch.fx import GraphModule, Node
 
-from calibrate.graph import constant_made, is_table, is_weighted, kind, layer_name
+from calibrate.graph import constant_made, is_table, is_weighted, kept_float, kind, layer_name
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.weights import quantize_weight
@@ -22,7 +22,7 @@ class QuantizeWeights:
         for node in list(graph.graph.nodes):
             if not (is_weighted(node) or is_table(node, fixed)):
                 continue
-            reason = context.plan.keep_float.get(layer_name(node)) or _too_small(node)
+            reason = kept_float(node, context.plan.keep_float) or _too_small(node)
             action = "left float"
             if reason is None:
                 action = f"{quantize_weight(graph, node, context.plan).label} weights"
