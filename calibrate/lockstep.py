@@ -1,6 +1,6 @@
-"""Run the float graph and the quantized graph side by side, layer by layer, and let a step change each layer on the way.
+"""Run float graph and quantized graph side by side, layer by layer, and let a step change each layer on the way.
 
-What a layer sees is then already computed by the changed layers before it (GPTQ's "true sequential", the empirical bias
+What a layer sees is then computed by the changed layers before it (the "true sequential" of GPTQ, the empirical bias
 correction of arXiv 1906.04721, section 4.2), at the cost of one run of each graph. Memory: the tensors alive at one layer,
 for the samples given; it does not depend on how many samples the calibration set has.
 """
@@ -21,7 +21,7 @@ from .graph import is_weighted, layer_name
 class Visit:
     """One layer of the quantized graph, with the batches that reach it.
 
-    `inputs`: what the layer reads in the quantized graph (after Q/DQ, where static); `wanted`: what the float graph
+    `inputs`: what the layer reads in the quantized graph (after Q/DQ where static); `wanted`: what the float graph
     reads there (None where a step before made it unlike in shape); `targets`: what the float layer computed. `compute()`
     runs the layer as it now stands on `inputs`. `partner` is the layer's node in the float graph.
     """
@@ -34,7 +34,9 @@ class Visit:
     partner: Node
 
 
-class _Run(Interpreter):
+class Run(Interpreter):
+    """One batch on its way through a graph, node by node; `env` holds the values still wanted."""
+
     def __init__(self, graph: GraphModule, inputs: list[Tensor]) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.args_iter = iter(inputs)
@@ -48,10 +50,12 @@ class _Run(Interpreter):
                     self.last_use.setdefault(node, []).append(source)
 
     def step(self, node: Node) -> Any:
+        """Compute `node` and keep its value."""
         self.env[node] = self.run_node(node)
         return self.env[node]
 
     def forget(self, node: Node) -> None:
+        """Drop what `node` was the last to read."""
         for source in self.last_use.get(node, ()):
             self.env.pop(source, None)
 
@@ -69,8 +73,8 @@ def walk(
     """
     with torch.no_grad():
         listed = list(batches)
-        floats = [_Run(float_graph, b) for b in listed]
-        quantized = [_Run(graph, b) for b in listed]
+        floats = [Run(float_graph, b) for b in listed]
+        quantized = [Run(graph, b) for b in listed]
         del listed
         matched = partners(float_graph, graph)
         pending = iter(list(float_graph.graph.nodes))
@@ -94,12 +98,12 @@ def walk(
 
             visit(Visit(found, inputs, [h[0] for h in held], [h[1] for h in held], compute, partner))
             for run in quantized:
-                _refresh(run, node)
+                refresh(run, node)
                 run.step(node)
                 run.forget(node)
 
 
-def _advance(floats: list[_Run], pending: Any, partner: Node) -> list[tuple[Tensor, Tensor]]:
+def _advance(floats: list[Run], pending: Any, partner: Node) -> list[tuple[Tensor, Tensor]]:
     """Run the float graphs up to `partner`; (its input, its output) per batch."""
     held: list[tuple[Tensor, Tensor]] = []
     for node in pending:
@@ -116,9 +120,9 @@ def _advance(floats: list[_Run], pending: Any, partner: Node) -> list[tuple[Tens
     return held
 
 
-def _refresh(run: _Run, node: Node) -> None:
+def refresh(run: Run, node: Node) -> None:
     """Compute the constants that `node` reads again: a visit may have replaced them, or added some."""
-    wanted, stack = [], [a for a in node.all_input_nodes[1:]]
+    wanted, stack = [], list(node.all_input_nodes[1:])
     while stack:
         source = stack.pop()
         if source.op == "get_attr" or all(_constant(a) for a in source.all_input_nodes):
@@ -134,8 +138,8 @@ def _constant(node: Node) -> bool:
     )
 
 
-def _again(run: _Run, node: Node) -> Tensor:
-    _refresh(run, node)
+def _again(run: Run, node: Node) -> Tensor:
+    refresh(run, node)
     return run.run_node(node)
 
 
