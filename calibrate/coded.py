@@ -63,7 +63,7 @@ class CodedLayer:
             value = self.node.args[first + offset] if len(self.node.args) > first + offset else default
             if not isinstance(value, int | list | tuple):
                 raise ValueError(f"padding given as {value!r}")
-            numbers = [int(v) for v in value] if isinstance(value, list | tuple) else [value]  # type: ignore[arg-type]
+            numbers = [int(v) for v in value] if isinstance(value, list | tuple) else [value]
             found.append(numbers * dims if len(numbers) == 1 else numbers)
         return found[0], found[1], found[2]
 

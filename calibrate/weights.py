@@ -1,5 +1,7 @@
 """Weights as codes: symmetric, one scale per output channel or per group of neighbouring inputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -9,8 +11,8 @@ from .graph import add_constant, constant, kind, layer_name, weight_nodes
 from .plan import Plan, WeightFormat
 from .ranges import SMALLEST_FLOAT
 
-# Below 8 bits the largest weight no longer decides the scale: these shares of it are tried, the least squared error wins
-# (ptq.md's "MSE" observer; Banner et al. 2018, arXiv 1810.05723).
+# Below 8 bits the largest weight no longer decides the scale: these shares of it are tried, and the least squared error
+# wins (Banner et al. 2018, arXiv 1810.05723).
 SHRINKS = tuple(1 - step / 40 for step in range(24))
 
 
@@ -104,19 +106,20 @@ def spread(scales: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def weight_codes(weight: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    """int8 codes of `weight` [out, ...] under `scales` ([out] or [out, groups]): half to even, clipped to [low, high]."""
+    """int8 codes of `weight` [out, ...] under `scales` [out] or [out, groups]: half to even, clipped to [low, high]."""
     codes = torch.round(weight.detach().double() / spread(scales.double(), weight.shape))
     return codes.clamp(low, high).to(torch.int8)
 
 
 def store_codes(graph: GraphModule, node: Node, codes: Tensor, scales: Tensor, low: int, high: int) -> Node:
-    """Add codes and scales ([out] or [out, groups]) as constants before `node`; return the dequantized weight's node."""
+    """Add codes and scales, [out] or [out, groups], as constants before `node`; return what dequantizes them."""
     stem = f"{layer_name(node)}_weight"
     stored = add_constant(graph, f"{stem}_codes", codes, node)
     steps = add_constant(graph, f"{stem}_scales", scales, node)
     if scales.dim() == 2:
         group = codes.shape[1] // scales.shape[1]
-        target, args = qdq.DEQUANTIZE_GROUP, (stored, steps, None, low, high, torch.int8, group, torch.float32)
+        target: Any = qdq.DEQUANTIZE_GROUP
+        args: tuple[Any, ...] = (stored, steps, None, low, high, torch.int8, group, torch.float32)
     else:
         zeros = add_constant(graph, f"{stem}_zeros", torch.zeros(len(scales), dtype=torch.int64), node)
         target, args = qdq.DEQUANTIZE_CHANNEL, (stored, steps, zeros, 0, low, high, torch.int8)

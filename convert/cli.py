@@ -5,7 +5,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,6 +52,13 @@ def convert(
     recipe: Annotated[
         str, typer.Option(metavar="NAME", show_default=False, help="auto, int8, float16, ...; join by +.")
     ] = "auto",
+    effort: Annotated[
+        str, typer.Option(metavar="LEVEL", show_default=False, help="fast, normal (default) or max.")
+    ] = "normal",
+    budget_mib: Annotated[float | None, typer.Option(metavar="MIB", help="Mixed precision: at most so large.")] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="Mixed precision: at most so slow, as measured here.")
+    ] = None,
     evaluation: Annotated[str | None, typer.Option(metavar="DATA", help="Held-out samples (else a fifth).")] = None,
     labels: Annotated[str | None, typer.Option(metavar="FILE", help="Their class labels (.npy).")] = None,
     preprocessing: Annotated[Path | None, typer.Option(metavar="FILE", help="How images become inputs (TOML).")] = None,
@@ -86,6 +93,8 @@ def convert(
         "min_sqnr_db": min_sqnr,
         "min_agreement": min_agreement,
         "max_fallbacks": max_fallback,
+        "max_bytes": None if budget_mib is None else int(budget_mib * 2**20),
+        "max_p50_ms": budget_ms,
     }
     options = Options(
         model=model,
@@ -107,6 +116,9 @@ def convert(
         python=python,
         force=force,
         name=name,
+        effort=_effort(effort),
+        budget_mib=budget_mib,
+        budget_ms=budget_ms,
         budget=Budget().with_limits(**gates),
         command=_command(),
     )
@@ -241,6 +253,15 @@ def demo(
     with working(quiet=json) as progress:
         reports = run(out, threads=threads, force=force, command=_command(), progress=progress)
     show_demo(reports, out, json)
+
+
+def _effort(level: str) -> Literal["fast", "normal", "max"]:
+    from convert.errors import TightfitError
+
+    match level:
+        case "fast" | "normal" | "max":
+            return level
+    raise TightfitError(f"--effort {level} means nothing here; there are fast, normal and max.")
 
 
 def _split(values: list[str] | None) -> tuple[str, ...]:

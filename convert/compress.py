@@ -1,38 +1,50 @@
-"""Run a decision's steps over the float graph, and put layers back in float where `auto` promised a floor."""
+"""Run a decision's steps over the float graph: what one plan makes of one model."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from calibrate import steps
 from calibrate.graph import clone, run
-from calibrate.plan import Entry
+from calibrate.histogram import Histogram
+from calibrate.plan import Entry, Plan, QParams
 from calibrate.samples import Batch, CalibrationSet, InputSpec
 from calibrate.simulation import simulate
 from convert.capture import Captured
 from convert.drift import Drift
-from convert.planning import Decision, keeping_float
+from convert.planning import Decision
 
 Progress = Callable[[str, int], None]
-# Samples for what is dear per sample: the race of observers, the search for layers to leave float.
+Effort = Literal["fast", "normal", "max"]
+# Samples for what is dear per sample: the race of observers, layers that are changed one after the other.
 FEW = 64
-SEARCH = 16
+# Samples that judge whether a change helped: the last of the calibration set, the few above are the first.
+JUDGED = 64
 BATCH = 16
+# How much longer than by default a step may work that has a time limit or counts its rounds.
+PATIENCE = {"fast": 0.25, "normal": 1.0, "max": 4.0}
+COUNTED = ("iterations", "epochs", "time_limit_s")
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """`stages`: (step, graph after it), the last one is `graph`. `restored`: layers put back to float -> reason."""
+    """`stages`: (step, graph after it), the last one is `graph`. `restored`: layers put back to float -> reason.
+
+    `notes`: sentences for the report on what was tried and chosen.
+    """
 
     graph: GraphModule
     stages: tuple[tuple[str, GraphModule], ...]
     ledger: tuple[Entry, ...]
     decision: Decision
-    restored: dict[str, str]
+    restored: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> GraphModule | None:
@@ -68,81 +80,130 @@ def whole_batches(captured: Captured, data: CalibrationSet, limit: int | None = 
         yield batch
 
 
-def compress(captured: Captured, decision: Decision, data: CalibrationSet, progress: Progress) -> Compressed:
-    """Apply the decision; when it has a floor and the simulation on calibration data is below, restore layers."""
-    context = steps.Context(
-        plan=decision.plan,
-        batches=lambda: (tensors(b, captured.inputs) for b in whole_batches(captured, data)),
-        few_batches=lambda: (tensors(b, captured.inputs) for b in whole_batches(captured, data, FEW)),
-        progress=progress,
-    )
-    result = _apply(captured, decision, context)
-    if decision.floor_db is None:
-        return result
-    reference = [run(captured.graph, t) for t in _search_batches(captured, data)]
-    reached = _sqnr(captured, result.graph, data, reference)
-    if reached >= decision.floor_db:
-        return result
-    return _restore(captured, decision, context, data, reference, reached)
+@dataclass
+class _Prefix:
+    """The graph after some exact steps, and what was learned of its tensors."""
+
+    graph: GraphModule
+    stages: tuple[tuple[str, GraphModule], ...] = ()
+    ledger: tuple[Entry, ...] = ()
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    chosen: dict[frozenset[str], QParams] = field(default_factory=dict)
 
 
-def _apply(captured: Captured, decision: Decision, context: steps.Context) -> Compressed:
-    context.plan = decision.plan
-    graph = captured.graph
-    stages: list[tuple[str, GraphModule]] = []
-    ledger: list[Entry] = []
-    for name in decision.plan.steps:
-        graph = clone(graph)
-        ledger += steps.apply(name, graph, context)
-        stages.append((name, graph))
-    return Compressed(graph, tuple(stages), tuple(ledger), decision, {})
+class Builder:
+    """Applies plans to one model with one calibration set; exact steps and ranges that plans share are found once."""
 
+    def __init__(
+        self,
+        captured: Captured,
+        data: CalibrationSet,
+        progress: Progress = lambda what, done: None,
+        effort: Effort = "normal",
+        seed: int = 0,
+    ) -> None:
+        self.captured, self.data, self.progress, self.effort, self.seed = captured, data, progress, effort, seed
+        self._prefixes: dict[Any, _Prefix] = {}
+        self._judge = Judge(captured, data)
 
-def _search_batches(captured: Captured, data: CalibrationSet) -> Iterable[list[Tensor]]:
-    return (tensors(b, captured.inputs) for b in whole_batches(captured, data, SEARCH))
+    def build(self, decision: Decision) -> Compressed:
+        """Apply the decision's steps, each to a graph of its own."""
+        plan = replace(decision.plan, parameters=_patient(decision.plan, self.effort))
+        count = next((i for i, s in enumerate(plan.steps) if not steps.find(s).exact), len(plan.steps))
+        start = self._prefix(plan, plan.steps[:count])
+        context = self._context(plan, start)
+        graph, stages, ledger = start.graph, list(start.stages), list(start.ledger)
+        for name in plan.steps[count:]:
+            graph = clone(graph)
+            ledger += steps.apply(name, graph, context)
+            stages.append((name, graph))
+        return Compressed(graph, tuple(stages), tuple(ledger), decision)
 
+    def _prefix(self, plan: Plan, names: tuple[str, ...]) -> _Prefix:
+        # What an exact step does may depend on which formats it prepares for, not on which layers stay float.
+        kept = replace(plan, steps=(), keep_float={}, formats={}, parameters={})
+        key = (names, repr(kept))
+        if key not in self._prefixes:
+            if not names:
+                self._prefixes[key] = _Prefix(self.captured.graph)
+            else:
+                before = self._prefix(plan, names[:-1])
+                graph = clone(before.graph)
+                found = _Prefix(graph)
+                entries = steps.apply(names[-1], graph, self._context(plan, found))
+                found.stages = (*before.stages, (names[-1], graph))
+                found.ledger = (*before.ledger, *entries)
+                self._prefixes[key] = found
+        return self._prefixes[key]
 
-def _sqnr(captured: Captured, graph: GraphModule, data: CalibrationSet, reference: list[tuple[Tensor, ...]]) -> float:
-    drift = Drift(classifies=False)
-    call = simulate(graph)
-    for inputs, expected in zip(_search_batches(captured, data), reference, strict=True):
-        got = call(inputs)
-        drift.add(_named(captured, expected), _named(captured, got))
-    return -math.inf if math.isnan(drift.sqnr_db) else drift.sqnr_db
+    def _context(self, plan: Plan, prefix: _Prefix) -> steps.Context:
+        def batches(limit: int | None = None) -> Iterable[list[Tensor]]:
+            return (tensors(b, self.captured.inputs) for b in whole_batches(self.captured, self.data, limit))
 
-
-def _named(captured: Captured, values: tuple[Tensor, ...]) -> Batch:
-    return {name: v.numpy() for name, v in zip(captured.outputs, values, strict=True) if v.is_floating_point()}
-
-
-def _restore(
-    captured: Captured,
-    decision: Decision,
-    context: steps.Context,
-    data: CalibrationSet,
-    reference: list[tuple[Tensor, ...]],
-    reached: float,
-) -> Compressed:
-    """Put back the layers that hurt most, judged one by one on calibration samples, until the floor holds."""
-    floor = decision.floor_db
-    assert floor is not None
-    layers = [e.layer for e in _apply(captured, decision, context).ledger if e.action.startswith("int8")]
-    scores = []
-    for count, layer in enumerate(layers):
-        alone = keeping_float(
-            decision, {other: "float while one layer is judged" for other in layers if other != layer}
+        return steps.Context(
+            plan=plan,
+            batches=batches,
+            few_batches=lambda: batches(FEW),
+            progress=self.progress,
+            seed=self.seed,
+            histograms=prefix.histograms,
+            chosen=prefix.chosen,
         )
-        scores.append((_sqnr(captured, _apply(captured, alone, context).graph, data, reference), layer))
-        context.progress("sensitivity", count + 1)
-    ranked = [layer for _, layer in sorted(scores)]
-    best = None
-    stride = max(1, len(ranked) // 12)
-    for count in [*range(stride, len(ranked), stride), len(ranked)]:
-        reason = f"put back to float by auto: with it the simulation had {reached:.1f} dB, below {floor:.0f} dB"
-        chosen = dict.fromkeys(ranked[:count], reason)
-        best = _apply(captured, keeping_float(decision, chosen), context)
-        best = Compressed(best.graph, best.stages, best.ledger, best.decision, chosen)
-        if _sqnr(captured, best.graph, data, reference) >= floor:
-            break
-    assert best is not None
-    return best
+
+    def score(self, made: Compressed) -> float:
+        """SQNR in dB of the simulation against float on the last samples of the calibration set."""
+        return self._judge.sqnr(made.graph)
+
+
+def _patient(plan: Plan, effort: Effort) -> dict[str, Mapping[str, Any]]:
+    """The steps' parameters with rounds and time limits scaled by the effort, where the recipe did not set them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in plan.steps:
+        defaults = {k: v for k, v in steps.defaults(name).items() if k in COUNTED and v}
+        scaled = {k: type(v)(max(1, v * PATIENCE[effort])) for k, v in defaults.items()}
+        given = {**scaled, **plan.parameters.get(name, {})}
+        if given:
+            found[name] = given
+    return found
+
+
+class Judge:
+    """How far a graph's simulation is from float on the last `JUDGED` samples of a calibration set.
+
+    Where the set has at least twice as many, none of them serves a step that looks at few samples.
+    """
+
+    def __init__(self, captured: Captured, data: CalibrationSet) -> None:
+        self.captured = captured
+        count = min(JUDGED, len(data))
+        fixed = batch_size(captured, 1)
+        count = max(fixed, count // fixed * fixed)
+        part = data.select(np.arange(len(data) - count, len(data)))
+        self._inputs = [tensors(b, captured.inputs) for b in whole_batches(captured, part)]
+        self._expected = [run(captured.graph, t) for t in self._inputs]
+
+    @property
+    def samples(self) -> int:
+        """How many samples judge."""
+        return sum(len(t[0]) for t in self._inputs)
+
+    @property
+    def inputs(self) -> list[list[Tensor]]:
+        """The samples, batch by batch, as the graph's positional inputs."""
+        return self._inputs
+
+    @property
+    def expected(self) -> list[tuple[Tensor, ...]]:
+        """What the float graph makes of them."""
+        return self._expected
+
+    def sqnr(self, graph: GraphModule) -> float:
+        """SQNR in dB over all float outputs; -inf where it is undefined."""
+        drift = Drift(classifies=False)
+        call = simulate(graph)
+        for inputs, expected in zip(self._inputs, self._expected, strict=True):
+            drift.add(self._named(expected), self._named(call(inputs)))
+        return -math.inf if math.isnan(drift.sqnr_db) else drift.sqnr_db
+
+    def _named(self, values: tuple[Tensor, ...]) -> Batch:
+        return {n: v.numpy() for n, v in zip(self.captured.outputs, values, strict=True) if v.is_floating_point()}

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch.fx import GraphModule
 
-from calibrate.graph import kind
-from calibrate.plan import Plan
+from calibrate.graph import constant_made, is_table, is_weighted, kind, layer_name
+from calibrate.plan import Plan, WeightFormat
 from convert import recipes
 from convert.errors import TightfitError
 from device_profiles import DeviceProfile, TargetRules
@@ -15,11 +15,17 @@ Family = Literal["cnn", "transformer", "other"]
 # An artifact of `auto` whose simulation falls below this against float gets layers back in float until it does not.
 # 20 dB is a cosine of 0.995; the drift of int8 that works is 25 dB and more.
 AUTO_FLOOR_DB = 20.0
+STEP_OF = {"int8": "quantize_static", "int8-dynamic": "quantize_dynamic", "int8-weights": "quantize_weights"}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`plan` and `compute` for one device and target; `floor_db` is set when layers may go back to float to hold it."""
+    """`plan` and `compute` for one device and target.
+
+    `automatic`: Tightfit chose and may improve on it; `floor_db` is then set where layers may go back to float to
+    hold it.
+    `search`: "mixed" where layers are to get formats of their own.
+    """
 
     recipe: str
     reason: str
@@ -27,6 +33,8 @@ class Decision:
     compute: Literal["float32", "float16"]
     rules: TargetRules
     floor_db: float | None
+    automatic: bool = False
+    search: str | None = None
 
 
 def family(graph: GraphModule) -> Family:
@@ -45,15 +53,29 @@ def decide(graph: GraphModule, profile: DeviceProfile, target: str, recipe: str)
     name = getattr(rules.recipe, sort) if automatic else recipe
     chosen = recipes.load(name)
     reason = getattr(rules.recipe_reason, sort) if automatic else "asked for on the command line"
-    _refuse_impossible(chosen, rules, profile, target)
+    return planned(graph, chosen, rules, profile, reason, automatic)
+
+
+def planned(
+    graph: GraphModule,
+    chosen: recipes.Recipe,
+    rules: TargetRules,
+    profile: DeviceProfile,
+    reason: str,
+    automatic: bool = False,
+) -> Decision:
+    """The plan of one recipe under a target's rules. Raises TightfitError for what the device cannot run."""
+    steps = _resolved(chosen.steps, rules, family(graph))
+    _refuse_impossible(chosen, steps, rules, profile)
     compute = chosen.compute or rules.float_format
+    wide = chosen.activation_bits == 16
     plan = Plan(
-        steps=chosen.steps,
-        activation=rules.activation_dtype,
-        symmetric=rules.symmetric_activations,
+        steps=steps,
+        activation="int16" if wide else rules.activation_dtype,
+        symmetric=wide or rules.symmetric_activations,
         per_channel=rules.per_channel,
         weight_max=rules.weight_max,
-        int32_bias=rules.runtime != "coreml" and compute == "float32",
+        int32_bias=rules.runtime != "coreml" and compute == "float32" and not wide,
         half_scales=compute == "float16",
         quantize_inputs=frozenset(rules.quantize_inputs),
         quantize_outputs=frozenset(rules.quantize_outputs),
@@ -62,22 +84,71 @@ def decide(graph: GraphModule, profile: DeviceProfile, target: str, recipe: str)
         residual_add=rules.residual_add,
         dynamic_scheme=rules.dynamic_scheme if rules.dynamic_scheme != "none" else "tensor_uint8",
         dynamic_kinds=frozenset(rules.dynamic_ops),
+        weight=chosen.weight,
+        formats=_ends(graph, chosen),
+        parameters=chosen.parameters,
     )
-    quantizes = any(s.startswith("quantize_") for s in chosen.steps)
-    floor = AUTO_FLOOR_DB if automatic and quantizes else None
+    floor = AUTO_FLOOR_DB if automatic and any(recipes.quantizes(s) for s in steps) else None
     label = f"{recipes.AUTO}: {chosen.name}" if automatic else chosen.name
-    return Decision(label, reason, plan, "float16" if compute == "float16" else "float32", rules, floor)
+    half: Literal["float32", "float16"] = "float16" if compute == "float16" else "float32"
+    return Decision(label, reason, plan, half, rules, floor, automatic, chosen.search)
 
 
-def _refuse_impossible(recipe: recipes.Recipe, rules: TargetRules, profile: DeviceProfile, target: str) -> None:
-    if "quantize_dynamic" in recipe.steps and rules.dynamic_scheme == "none":
+def _resolved(steps: tuple[str, ...], rules: TargetRules, sort: Family) -> tuple[str, ...]:
+    """The steps with the stand-in `quantize` replaced by what the profile picks for this kind of network."""
+    picked = STEP_OF.get(getattr(rules.recipe, sort), "quantize_weights")
+    return tuple(picked if s == recipes.QUANTIZE else s for s in steps)
+
+
+def _ends(graph: GraphModule, chosen: recipes.Recipe) -> dict[str, WeightFormat]:
+    """The first and the last layer in the recipe's `ends_bits`: they are small, and errors there cost most."""
+    if chosen.ends_bits is None:
+        return {}
+    layers = weighted_layers(graph)
+    wide = replace(chosen.weight, bits=chosen.ends_bits, group=None)
+    return {layers[i]: wide for i in (0, -1)} if layers else {}
+
+
+def weighted_layers(graph: GraphModule, tables: bool = False) -> list[str]:
+    """Names of the conv and linear layers with constant weights, in order; with `tables` the embeddings too."""
+    fixed = constant_made(graph.graph.nodes) if tables else set()
+    nodes = [n for n in graph.graph.nodes if is_weighted(n) or (tables and is_table(n, fixed))]
+    return list(dict.fromkeys(layer_name(n) for n in nodes))
+
+
+def _refuse_impossible(
+    recipe: recipes.Recipe, steps: tuple[str, ...], rules: TargetRules, profile: DeviceProfile
+) -> None:
+    """Say no, with a way out, to what would come out as a file that the device does not run as asked."""
+    where = f"{profile.name} runs {rules.target} with {rules.runtime}, which"
+    kind_ = recipe.weight.kind
+    if "quantize_dynamic" in steps and rules.dynamic_scheme == "none":
         raise TightfitError(
-            f"{profile.name} runs {target} with {rules.runtime}, which cannot quantize activations at run time. "
+            f"{where} cannot quantize activations at run time. "
             "Use --recipe int8-weights for size, or --recipe int8 for static int8."
         )
+    if recipe.activation_bits == 16 and rules.runtime != "litert":
+        raise TightfitError(
+            f"{where} has no kernels for 16-bit activations. Use --target tflite, or --recipe int8-weights, which "
+            "keeps activations in float."
+        )
+    if kind_ == "palette" and rules.target != "coreml":
+        raise TightfitError(f"{where} has no palettes, a Core ML format. Use --recipe w4 for 4-bit weights.")
+    if kind_.startswith("float8") and not (profile.accelerator and profile.accelerator.fp8):
+        raise TightfitError(
+            f"{profile.name} has no arithmetic for 8-bit floats, as far as its profile says (accelerator.fp8). "
+            "Use --recipe int8 or float16."
+        )
+    if kind_.startswith("float8") and rules.target != "onnx":
+        raise TightfitError(f"{rules.target} has no 8-bit floats. Use --target onnx, for TensorRT.")
 
 
 def keeping_float(decision: Decision, layers: dict[str, str]) -> Decision:
     """The same decision with these layers (name -> reason) left float."""
     plan = replace(decision.plan, keep_float={**decision.plan.keep_float, **layers})
     return replace(decision, plan=plan)
+
+
+def with_formats(decision: Decision, formats: dict[str, WeightFormat]) -> Decision:
+    """The same decision with these layers' weights (name -> format) stored so."""
+    return replace(decision, plan=replace(decision.plan, formats={**decision.plan.formats, **formats}))

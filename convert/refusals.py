@@ -14,13 +14,20 @@ from convert.errors import TightfitError
 from convert.evaluation import evaluation_batches, float_runner
 
 if TYPE_CHECKING:
-    from convert.pipeline import Options
+    from convert.options import Options
 
 
 def refuse_contradictions(options: "Options") -> None:
     """Raise TightfitError for options that exclude each other, mean nothing here, or name what does not exist."""
+    search = None
     if options.recipe != recipes.AUTO:
-        recipes.load(options.recipe)
+        search = recipes.load(options.recipe).search
+    budgets = {"--budget-mib": options.budget_mib, "--budget-ms": options.budget_ms}
+    for name, value in budgets.items():
+        if value is not None and options.recipe != recipes.AUTO and search is None:
+            raise TightfitError(f"{name} lets layers get formats of their own: use it with --recipe mixed or auto.")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise TightfitError(f"{name} {value:g} is no budget: give a number above 0.")
     given = [f"--{n}" for n in ("calibration", "evaluation", "labels") if getattr(options, n) is not None]
     if options.synthetic and given:
         raise TightfitError(f"--synthetic and {given[0]} exclude each other; give one of them.")

@@ -18,6 +18,8 @@ def reason_of(made: Compressed) -> str:
     reason = made.decision.reason
     if made.restored:
         reason += f" {len(made.restored)} layers went back to float to hold the drift: {', '.join(made.restored)}."
+    for note in made.notes:
+        reason += f" {note}"
     return reason
 
 

@@ -1,25 +1,42 @@
 """Recipes: ordered lists of steps in TOML files; a file's name is the recipe's name."""
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+from calibrate.plan import WeightFormat
 from convert.errors import TightfitError
 
 FOLDER = Path(__file__).parent
 AUTO = "auto"
-KEYS = {"summary", "steps", "compute", "version"}
+KEYS = {"summary", "steps", "compute", "version", "weight", "activation_bits", "ends_bits", "parameters", "search"}
+WEIGHT_KEYS = {"bits", "group", "kind", "power_of_two"}
+# Stands for the quantizing step that the device's profile picks by the kind of network.
+QUANTIZE = "quantize"
+EIGHT_BITS = WeightFormat()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`steps` in order; `compute` is the format of what is not quantized, None for what the profile says."""
+    """`steps` in order; `compute` is the format of what is not quantized, None for what the profile says.
+
+    `weight`: the format of weights. `activation_bits`: 8, or 16 where the runtime has such kernels. `ends_bits`: the
+    bits of the first and the last layer with weights, None for those of all. `parameters`: what steps are told.
+    `search`: "mixed", layers get formats of their own under a budget.
+    """
 
     name: str
     steps: tuple[str, ...]
     compute: str | None = None
     summary: str = ""
+    weight: WeightFormat = EIGHT_BITS
+    activation_bits: int = 8
+    ends_bits: int | None = None
+    parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    search: str | None = None
 
 
 def names() -> list[str]:
@@ -37,14 +54,32 @@ def load(text: str) -> Recipe:
     computes = {part.compute for part in parts if part.compute}
     if len(computes) > 1:
         raise TightfitError(f"recipe '{text}' asks for {' and '.join(sorted(computes))} at once; name one of them")
-    quantizing = [s for s in steps if s.startswith("quantize_")]
+    quantizing = [s for s in steps if quantizes(s)]
     if len(quantizing) > 1:
         raise TightfitError(
             f"recipe '{text}' quantizes the same layers twice ({', '.join(quantizing)}); name one of them"
         )
+    formats = {part.weight for part in parts if part.weight != WeightFormat()}
+    if len(formats) > 1:
+        raise TightfitError(f"recipe '{text}' asks for weights in two formats at once; name one of them")
     # Half weights come last: what a quantizing step left float is what they are for.
     ordered = tuple(sorted(steps, key=lambda s: s == "half_weights"))
-    return Recipe(text, ordered, computes.pop() if computes else None, "; ".join(p.summary for p in parts if p.summary))
+    return Recipe(
+        text,
+        ordered,
+        computes.pop() if computes else None,
+        "; ".join(p.summary for p in parts if p.summary),
+        formats.pop() if formats else WeightFormat(),
+        max(part.activation_bits for part in parts),
+        next((part.ends_bits for part in parts if part.ends_bits), None),
+        {step: values for part in parts for step, values in part.parameters.items()},
+        next((part.search for part in parts if part.search), None),
+    )
+
+
+def quantizes(step: str) -> bool:
+    """Whether a step turns float weights into codes: `quantize_*`, `palettize`, and the stand-in `quantize`."""
+    return step.startswith("quantize") or step == "palettize"
 
 
 def _one(name: str) -> Recipe:
@@ -72,7 +107,7 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
         raise TightfitError(f"the recipe file {path} needs `steps`, a list of names as `tightfit steps` shows them")
     for step in steps:
-        if step not in known_steps.names():
+        if step != QUANTIZE and step not in known_steps.names():
             close = get_close_matches(step, known_steps.names(), 1)
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known_steps.names())}"
             raise TightfitError(f"the recipe file {path} names a step '{step}' that does not exist; {hint}")
@@ -80,5 +115,55 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
     if compute not in (None, "float16", "float32"):
         raise TightfitError(f'the recipe file {path} has compute = {compute!r}; it takes "float16" or "float32"')
     return Recipe(
-        path.stem, tuple(steps), compute if isinstance(compute, str) else None, str(content.get("summary", ""))
+        path.stem,
+        tuple(steps),
+        compute if isinstance(compute, str) else None,
+        str(content.get("summary", "")),
+        _weight(path, content.get("weight", {})),
+        _one_of(path, "activation_bits", content.get("activation_bits", 8), (8, 16)),
+        _one_of(path, "ends_bits", content["ends_bits"], (8, 4)) if "ends_bits" in content else None,
+        _parameters(path, content.get("parameters", {}), tuple(steps)),
+        _one_of(path, "search", content["search"], ("mixed",)) if "search" in content else None,
     )
+
+
+def _one_of(path: Path, key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed or isinstance(value, bool):
+        raise TightfitError(f"the recipe file {path} has {key} = {value!r}; it takes {' or '.join(map(repr, allowed))}")
+    return value
+
+
+def _weight(path: Path, table: Any) -> WeightFormat:
+    """The table [weight]; what it holds decides together what is allowed."""
+    if not isinstance(table, dict) or set(table) - WEIGHT_KEYS:
+        raise TightfitError(f"[weight] in the recipe file {path} takes {', '.join(sorted(WEIGHT_KEYS))}")
+    kind = _one_of(path, "weight.kind", table.get("kind", "int"), ("int", "palette", "float8_e4m3", "float8_e5m2"))
+    bits = {"int": (2, 4, 8), "palette": (1, 2, 3, 4, 6, 8)}.get(kind, (8,))
+    group = table.get("group")
+    if group is not None and (kind != "int" or not isinstance(group, int) or group < 16 or group & (group - 1)):
+        raise TightfitError(
+            f"the recipe file {path} has weight.group = {group!r}; it takes a power of two from 16, with kind 'int'"
+        )
+    return WeightFormat(
+        _one_of(path, "weight.bits", table.get("bits", 8), bits),
+        group,
+        kind,
+        kind == "int" and bool(table.get("power_of_two", False)),
+    )
+
+
+def _parameters(path: Path, tables: Any, steps: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+    """The tables [parameters.STEP], each key one that the step has."""
+    from calibrate import steps as known_steps
+
+    if not isinstance(tables, dict):
+        raise TightfitError(f"`parameters` in the recipe file {path} holds one table for each step")
+    for step, values in tables.items():
+        if step not in steps:
+            raise TightfitError(f"the recipe file {path} sets parameters of '{step}', which is not among its steps")
+        known = known_steps.defaults(step)
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                there = ", ".join(known) or "none"
+                raise TightfitError(f"the step {step} has no parameter '{key}' (recipe file {path}); it has {there}")
+    return {step: dict(values) for step, values in tables.items()}

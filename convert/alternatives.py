@@ -1,0 +1,54 @@
+"""What `auto` turns to when a plan was measured slower than float."""
+
+import platform
+from collections.abc import Iterator
+
+from convert import recipes
+from convert.capture import Captured
+from convert.costs import costs
+from convert.planning import Decision, decide, keeping_float, planned
+from convert.report.schema import Latency
+from device_profiles import DeviceProfile
+
+# A layer with less than this share of the model's work gains less from integer kernels than its conversions cost.
+LITTLE_WORK = 0.01
+MACHINES = {"aarch64": ("aarch64", "arm64"), "x86_64": ("x86_64", "AMD64"), "armv7": ("armv7l",)}
+
+
+def alternatives(captured: Captured, profile: DeviceProfile, target: str, recipe: str) -> Iterator[Decision]:
+    """The decision asked for; after one of `auto`'s, what else could be faster, float32 last."""
+    first = decide(captured.graph, profile, target, recipe)
+    yield first
+    if not first.automatic or first.floor_db is None:
+        return
+    rules = first.rules
+    reason = "What the profile prefers was measured slower than float here."
+    if "quantize_static" in first.plan.steps:
+        small = _little_work(captured)
+        if small:
+            yield keeping_float(first, small)
+        if rules.dynamic_scheme != "none":
+            yield planned(captured.graph, recipes.load("int8-dynamic"), rules, profile, reason, automatic=True)
+    yield planned(captured.graph, recipes.load("float32"), rules, profile, reason, automatic=True)
+
+
+def _little_work(captured: Captured) -> dict[str, str]:
+    """Layers that do next to nothing (the gates of squeeze-and-excitation), with the reason to keep them float."""
+    found = [c for c in costs(captured.graph, captured.inputs) if c.macs and c.kind in ("conv", "linear")]
+    total = sum(c.macs or 0 for c in found)
+    reason = "so little of the model's work that conversions to int8 cost more than they save"
+    small = {c.name: reason for c in found if (c.macs or 0) < LITTLE_WORK * total}
+    return small if len(small) < len(found) else {}
+
+
+def run_like_device(profile: DeviceProfile, decision: Decision) -> bool:
+    """Whether a time on this machine speaks for the device: its architecture, and a runtime that runs here as there."""
+    here = platform.machine() in MACHINES.get(profile.cpu.arch, ())
+    return here and decision.rules.runtime in ("onnxruntime", "litert")
+
+
+def slower_than_float(latency: Latency | None) -> bool:
+    """Whether a timing says so beyond what it leaves open."""
+    if latency is None or latency.speedup is None or latency.ratio_interval is None:
+        return False
+    return latency.speedup < 1 and latency.ratio_interval[1] < 1

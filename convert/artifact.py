@@ -1,0 +1,271 @@
+"""One artifact: a plan is applied, lowered, placed, run, compared, timed, and written down."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import targets
+from calibrate.samples import InputSpec
+from convert import host, mixed, output
+from convert.alternatives import alternatives, run_like_device, slower_than_float
+from convert.automatic import improve
+from convert.compress import Builder, Compressed
+from convert.errors import TightfitError
+from convert.evaluation import Judged, judge
+from convert.gates import evaluate
+from convert.latency import measure
+from convert.options import Run
+from convert.planning import AUTO_FLOOR_DB, Decision
+from convert.report import schema
+from convert.results import accuracy_of, drift_of, match_of, reason_of
+from device_profiles import DeviceProfile
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One plan's artifact on disk, what it was made from, and its time beside float's."""
+
+    made: Compressed
+    job: targets.Job
+    session: targets.Session
+    twin: Path
+    latency: schema.Latency | None
+    note: str | None
+
+
+def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> schema.Result:
+    """Compress, lower, run, compare and time one artifact."""
+    options, captured = run.options, run.captured
+    target = targets.find(target_name)
+    home = run.folder / profile.name
+    home.mkdir(exist_ok=True)
+    path = home / f"{captured.name}{target.suffix}"
+    lowered = _fastest(run, profile, target_name, path)
+    made, session = lowered.made, lowered.session
+    kept_twin = home / "float" / path.name
+    _copy(lowered.twin, kept_twin)
+    placement = target.placement(path, lowered.job)
+    judged = _judged(run, made, session, profile, target_name, first)
+    latency, note = lowered.latency, lowered.note
+    result = _result(
+        run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
+    )
+    result = result.model_copy(update={"gates": tuple(evaluate(result, options.budget))})
+    _manifest(run, home, result, path, kept_twin)
+    return result
+
+
+def _fastest(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> Lowered:
+    """The artifact of the plan asked for; with `auto`, where times here count, the first not slower than float."""
+    builder = run.builder
+    tried: list[str] = []
+    for decision in alternatives(run.captured, profile, target_name, run.options.recipe):
+        made = _compressed(run, builder, decision, path)
+        found = _lowered(run, target_name, made, path)
+        speedup = found.latency.speedup if found.latency else None
+        if not decision.automatic or not run_like_device(profile, decision) or not slower_than_float(found.latency):
+            break
+        tried.append(f"{decision.recipe.removeprefix('auto: ')} was measured at {speedup:.2f}x of float's speed here")
+    if tried and found.made.decision.recipe not in tried:
+        note = f"Instead of what the profile prefers: {'; '.join(tried)}."
+        found = replace(found, made=replace(found.made, notes=(*found.made.notes, note)))
+    return found
+
+
+def _compressed(run: Run, builder: Builder, decision: Decision, path: Path) -> Compressed:
+    """Apply a decision: as it stands, improved where it is `auto`'s, layer by layer under a budget."""
+    options, target_name = run.options, decision.rules.target
+    run.progress.advance(0, None, "calibrate")
+    limits = options.budget.limits(path.parent.name, target_name)
+    goal = max(AUTO_FLOOR_DB, limits.get("min_sqnr_db", 0.0))
+    budgets = mixed.Budgets(options.budget_mib, options.budget_ms)
+    if mixed.quantizes_mixed(decision, budgets):
+
+        def timed(made: Compressed) -> float:
+            found = _lowered(run, target_name, made, path)
+            if found.latency is None:
+                raise TightfitError(f"--budget-ms can't be met: {found.note}.")
+            return found.latency.p50_ms
+
+        return mixed.search(builder, mixed.mixed_decision(decision), budgets, goal, timed)
+    if decision.floor_db is None:
+        return builder.build(decision)
+    return improve(builder, decision, goal, options.effort)
+
+
+def _lowered(run: Run, target_name: str, made: Compressed, path: Path) -> Lowered:
+    """Write the artifact to `path`, in place of an earlier one, open it and time it beside float."""
+    target = targets.find(target_name)
+    _remove(path)
+    job = _job(run, made.decision, made)
+    run.progress.advance(0, None, "lower")
+    target.lower(job, path)
+    twin = _twin(run, target, job, made.decision)
+    session = target.open(path, threads=run.options.threads)
+    latency, note = _latency(run, target, session, twin)
+    return Lowered(made, job, session, twin, latency, note)
+
+
+def _job(run: Run, decision: Decision, made: Compressed) -> targets.Job:
+    inputs = tuple(InputSpec(i.name, (run.batch, *i.sample_shape), i.dtype, False) for i in run.captured.inputs)
+    return targets.Job(
+        name=run.captured.name,
+        graph=made.graph,
+        inputs=inputs,
+        outputs=run.captured.outputs,
+        rules=decision.rules,
+        compute=decision.compute,
+    )
+
+
+def _twin(run: Run, target: targets.Target, job: targets.Job, decision: Decision) -> Path:
+    """The float32 artifact of the same target, lowered once for all devices whose rules agree."""
+    rules = decision.rules
+    folder = run.twins / f"{rules.target}-{rules.opset}-{rules.deployment_target}-{rules.runtime}"
+    path = folder / f"{run.captured.name}{target.suffix}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        run.progress.advance(0, None, "lower float twin")
+        target.lower(replace(job, graph=run.captured.graph, compute="float32"), path)
+    return path
+
+
+def _remove(path: Path) -> None:
+    """Take away an earlier artifact, file or folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """Copy a file or a folder. Not by copytree, whose error hides why a file could not be written."""
+    destination.parent.mkdir(exist_ok=True)
+    if source.is_dir():
+        destination.mkdir()
+        for inner in sorted(source.iterdir()):
+            _copy(inner, destination / inner.name)
+    else:
+        shutil.copyfile(source, destination)
+
+
+def _judged(
+    run: Run, made: Compressed, session: targets.Session, profile: DeviceProfile, target_name: str, first: bool
+) -> Judged:
+    total = len(run.samples.evaluation)
+    kept: dict[str, int] = {}
+
+    def keep(what: str, batch: dict) -> None:
+        """Keep the first samples: inputs and float outputs once, every artifact's own outputs."""
+        if what != "artifact" and not first:
+            return
+        room = run.reference_samples - kept.get(what, 0)
+        count = min(room, len(next(iter(batch.values()))))
+        if count > 0:
+            prefix = f"artifact/{profile.name}/{target_name}" if what == "artifact" else what
+            run.reference.add(prefix, {k: v[:count] for k, v in batch.items()})
+            kept[what] = kept.get(what, 0) + count
+
+    return judge(
+        run.captured,
+        made,
+        session,
+        run.samples.evaluation,
+        run.batch,
+        lambda done: run.progress.advance(done, total, "compare"),
+        keep,
+    )
+
+
+def _latency(
+    run: Run, target: targets.Target, session: targets.Session, twin: Path
+) -> tuple[schema.Latency | None, str | None]:
+    if not session.measures_latency:
+        return None, f"not measured: {session.executor} shows numerics, its time says nothing about the device"
+    run.progress.advance(0, None, "time")
+    sample = next(iter(run.samples.evaluation.batches(run.batch)))
+    count = len(next(iter(sample.values())))
+    if count < run.batch:
+        return None, f"not measured: fewer than {run.batch} evaluation samples, the artifact's batch"
+    float_session = target.open(twin, threads=run.options.threads)
+    found = measure(session.bind(sample), float_session.bind(sample), threads=run.options.threads)
+    return found, None
+
+
+def _result(
+    run: Run,
+    profile: DeviceProfile,
+    target: str,
+    path: Path,
+    twin: Path,
+    made: Compressed,
+    placement: targets.Placement,
+    executor: str,
+    judged: Judged,
+    latency: schema.Latency | None,
+    note: str | None,
+) -> schema.Result:
+    if latency is not None:
+        latency = latency.model_copy(update={"float_artifact": twin.relative_to(run.folder).as_posix()})
+    return schema.Result(
+        device=profile.name,
+        target=target,
+        artifact=path.relative_to(run.folder).as_posix(),
+        bytes=targets.artifact_bytes(path),
+        float_bytes=targets.artifact_bytes(twin),
+        recipe=made.decision.recipe,
+        recipe_reason=reason_of(made),
+        executor=executor,
+        drift=drift_of(run.captured, judged),
+        match=match_of(made, judged),
+        accuracy=accuracy_of(judged),
+        latency=latency,
+        latency_note=note,
+        placement=schema.PlacementFacts(
+            int8_ops=placement.int8_ops,
+            float_ops=placement.float_ops,
+            conversions=placement.conversions,
+            fallbacks=tuple(schema.FallbackFact(node=f.node, reason=f.reason) for f in placement.fallbacks),
+            kinds=dict(placement.kinds),
+        ),
+        ledger=tuple(
+            schema.LedgerEntry(step=e.step, layer=e.layer, action=e.action, reason=e.reason) for e in made.ledger
+        ),
+    )
+
+
+def _manifest(run: Run, home: Path, result: schema.Result, path: Path, twin: Path) -> None:
+    """Write or extend OUT/<device>/manifest.json: what each artifact is, its hashes, and how to make it again."""
+    place = home / "manifest.json"
+    content: dict[str, Any] = {"version": output.MANIFEST_VERSION, "artifacts": {}}
+    if place.exists():
+        content = output.read_json(place)
+    preprocessing = getattr(run.samples.calibration, "preprocessing", None)
+    content["artifacts"][result.target] = {
+        "file": path.name,
+        "sha256": output.file_hashes(path),
+        "bytes": result.bytes,
+        "float_file": twin.relative_to(home).as_posix(),
+        "float_sha256": output.file_hashes(twin),
+        "recipe": result.recipe,
+        "inputs": [
+            {"name": i.name, "shape": [run.batch, *i.sample_shape], "dtype": i.dtype} for i in run.captured.inputs
+        ],
+        "outputs": list(run.captured.outputs),
+        "executor": result.executor,
+    }
+    content.update(
+        device=result.device,
+        command=run.options.command,
+        seed=run.options.seed,
+        versions=host.versions(),
+        model={"name": run.captured.name, "fingerprint": run.captured.fingerprint},
+        calibration={
+            "fingerprint": run.samples.calibration.fingerprint,
+            "samples": len(run.samples.calibration),
+            "synthetic": run.samples.calibration.synthetic,
+            "preprocessing": preprocessing.to_dict() if preprocessing else None,
+        },
+    )
+    output.write_json(content, place)
