@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_graphs import PIECES, inputs, network
 from small_graphs import ISLANDS, Made, capture, context, images, nodes_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -126,3 +127,68 @@ def test_a_batch_norm_over_tokens_is_not_folded_into_the_linear_layer_before_it(
 def test_a_batch_norm_that_uses_the_statistics_of_the_batch_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     assert "statistics of the batch" in refusal(model, images())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=8), st.integers(0, 2**16))
+def test_no_random_graph_changes_its_outputs(pieces: list[str], seed: int) -> None:
+    graph = network([*pieces, "norm"], seed)
+    result, actions = folded(graph)
+    assert actions
+    x = inputs(seed)
+    for before, after in zip(run(graph, [x]), run(result, [x]), strict=True):
+        assert float((before - after).abs().max()) <= TOLERANCE * float(before.abs().max())
+
+
+def test_the_property_notices_a_norm_that_was_dropped() -> None:
+    graph = network(["conv", "norm"], 0)
+    wrong = clone(graph)
+    (norm,) = nodes_of(wrong, "batch_norm")
+    norm.replace_all_uses_with(norm.args[0])
+    wrong.recompile()
+    (before, *_), (after, *_) = run(graph, [inputs(0)]), run(wrong, [inputs(0)])
+    assert float((before - after).abs().max()) > 1e3 * TOLERANCE * float(before.abs().max())
+
+
+def test_a_norm_before_convolutions_without_padding_moves_into_all_of_them() -> None:
+    def forward(m: Made, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return m.wide(y).mean((2, 3)) + m.grouped(y).mean((2, 3))
+
+    children = {"norm": nn.BatchNorm2d(4), "wide": nn.Conv2d(4, 6, 3), "grouped": nn.Conv2d(4, 6, 1, groups=2)}
+    graph = capture(trained(Made(forward, **children), 0), images(2, 4))
+    result, actions = folded(graph)
+    assert actions == ["folded into wide, grouped"]
+    assert not nodes_of(result, "batch_norm")
+    assert_same_function(graph, result, images(5, 4, seed=1))
+
+
+def test_a_norm_before_a_padded_convolution_is_left_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
+    assert "no convolution or linear layer" in refusal(model, images())
+
+
+def test_a_norm_between_a_padded_convolution_and_a_norm_folds_with_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    graph = capture(trained(model, 0), images())
+    result, actions = folded(graph)
+    assert actions == ["folded", "folded"]
+    assert_same_function(graph, result, images(5, seed=1))
+
+
+def test_a_transposed_convolution_takes_its_norm_in_every_group() -> None:
+    for groups in (1, 2):
+        torch.manual_seed(groups)
+        conv = nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=groups)
+        graph = capture(trained(nn.Sequential(conv, nn.BatchNorm2d(6)), groups), images(2, 4))
+        result, actions = folded(graph)
+        assert actions == ["folded"]
+        assert_same_function(graph, result, images(5, 4, seed=1))
+
+
+def test_what_is_known_of_the_outputs_stays_with_the_layer() -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 0)
+    result, _ = folded(capture(model, images()))
+    mean, deviation = nodes_of(result, "conv")[0].meta["bn"]
+    assert torch.equal(mean, model[1].bias)
+    assert torch.equal(deviation, model[1].weight.abs())
