@@ -1,8 +1,8 @@
 """Run float graph and quantized graph side by side, layer by layer, and let a step change each layer on the way.
 
 What a layer sees is then computed by the changed layers before it ("true sequential" in GPTQ, the empirical bias
-correction of arXiv 1906.04721, section 4.2), at the cost of one run of each graph. Memory: the tensors alive at one layer,
-for the samples given; it does not depend on how many samples the calibration set has.
+correction of arXiv 1906.04721, section 4.2), at the cost of one run of each graph. Memory: the tensors alive at one
+layer, for the samples given; it does not depend on how many samples the calibration set has.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +22,8 @@ class Visit:
     """One layer of the quantized graph, with the batches that reach it.
 
     `inputs`: what the layer reads in the quantized graph (after Q/DQ where static); `wanted`: what the float graph
-    reads there; `targets`: what the float layer computed. `compute()` runs the layer as it now stands on `inputs`. `partner` is the layer's node in the float graph.
+    reads there; `targets`: what the float layer computed. `compute()` runs the layer as it now stands on `inputs`.
+    `partner` is the layer's node in the float graph.
     """
 
     layer: CodedLayer

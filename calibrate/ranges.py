@@ -34,6 +34,9 @@ def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
     Zero is always a code. Symmetric: zero_point 0, scale = reach / 127; the codes keep their whole range, as runtimes
     saturate there. The scale is a float32 number.
     """
+    if plan.activation == "int16":
+        scale = representable(max(-low, high) / 32767, plan)
+        return QParams(scale, 0, -32768, 32767, "int16", observer)
     if plan.symmetric:
         reach = max(-low, high)
         scale = representable(reach / 127, plan)

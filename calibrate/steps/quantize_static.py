@@ -1,4 +1,4 @@
-"""Static int8: activations and weights become codes, with ranges fixed from calibration data (W8A8)."""
+"""Static int8: activations (8 or 16 bits) and weights become codes, with ranges fixed from calibration data."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -46,7 +46,7 @@ class QuantizeStatic:
             node = nodes[name]
             if is_weighted(node):
                 _weights(graph, node, plan)
-            ledger.append(Entry("quantize_static", layer, "int8", _how(node, sites, chosen)))
+            ledger.append(Entry("quantize_static", layer, _action(node, plan), _how(node, sites, chosen)))
         return ledger
 
     def ensures(self, graph: GraphModule) -> str | None:
@@ -109,6 +109,8 @@ def _choose(graph: GraphModule, sites: Sites, context: Context) -> None:
 
 def _fixed(params: tuple[float, int], plan: Plan) -> QParams:
     scale, zero = params
+    if plan.activation == "int16":  # softmax and sigmoid fill [0, 1], tanh [-1, 1]: 1 is code 32768
+        return QParams(2.0**-15, 0, -32768, 32767, "int16", "fixed")
     if plan.activation == "uint8":
         return QParams(scale, zero + 128, 0, 255, "uint8", "fixed")
     return QParams(scale, zero, -128, 127, "int8", "fixed")
@@ -129,7 +131,7 @@ def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites,
     """Put Q/DQ after the tensor `name` for the readers that want codes."""
     node, readers = nodes[name], sites.readers[name]
     users = [u for u in node.users if readers is None or u.name in readers]
-    args = (q.scale, q.zero_point, q.qmin, q.qmax, torch.int8 if q.dtype == "int8" else torch.uint8)
+    args = (q.scale, q.zero_point, q.qmin, q.qmax, getattr(torch, q.dtype))
     with graph.graph.inserting_after(_last_placeholder(graph) if node.op == "placeholder" else node):
         quantized = graph.graph.call_function(qdq.QUANTIZE, (node, *args))
     with graph.graph.inserting_after(quantized):
@@ -166,6 +168,18 @@ def _weights(graph: GraphModule, node: Node, plan: Plan) -> None:
         rounded = (torch.round(bias.double() / unit) * unit).float()
         fresh = add_constant(graph, f"{layer_name(node)}_rounded_bias", rounded, node)
         node.args = (node.args[0], node.args[1], fresh, *node.args[3:])
+
+
+def _action(node: Node, plan: Plan) -> str:
+    """What became of a layer: "int8", or the weight's format and the activations' where they are not both int8."""
+    weight = plan.format_of(layer_name(node)).label if _has_codes(node) else "int8"
+    activation = plan.activation.removeprefix("u")
+    return weight if activation == "int8" else f"{weight} weights, {activation} activations"
+
+
+def _has_codes(node: Node) -> bool:
+    """Whether the layer has a weight of codes."""
+    return any(a.target is qdq.DEQUANTIZE_CHANNEL for a in node.all_input_nodes)
 
 
 def _how(node: Node, sites: Sites, chosen: dict[int, QParams]) -> str:

@@ -37,7 +37,7 @@ def test_auto_follows_the_profile_and_promises_a_floor(cnn: torch.fx.GraphModule
     decision = decide(cnn, load("raspberry-pi-4b"), "tflite", "auto")
     assert decision.recipe == "auto: int8"
     assert decision.floor_db == AUTO_FLOOR_DB
-    assert decision.plan.steps == ("fold_batchnorm", "quantize_static")
+    assert decision.plan.steps == ("fold_batchnorm", "fuse_activations", "quantize_static", "correct_bias")
     assert decide(cnn, load("raspberry-pi-4b"), "tflite", "int8").floor_db is None
 
 
@@ -54,7 +54,8 @@ def test_every_recipe_is_made_of_steps_that_exist(name: str) -> None:
 
 
 def test_joined_recipes_run_each_step_once_and_half_weights_last() -> None:
-    assert recipes.load("float16+int8").steps == ("fold_batchnorm", "quantize_static", "half_weights")
+    joined = ("fold_batchnorm", "fuse_activations", "quantize_static", "correct_bias", "half_weights")
+    assert recipes.load("float16+int8").steps == joined
     assert recipes.load("float16+int8").compute == "float16"
 
 

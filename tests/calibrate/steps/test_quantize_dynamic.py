@@ -26,7 +26,7 @@ def test_a_linear_layer_computes_what_the_dynamic_operator_defines(scheme: str) 
     graph = capture(nn.Sequential(layer), x)
     steps.apply("quantize_dynamic", graph, context(replace(LINEAR, dynamic_scheme=scheme)))  # type: ignore[arg-type]
     scales = weight_scales(layer.weight, 127, True)
-    codes = weight_codes(layer.weight, scales, 127)
+    codes = weight_codes(layer.weight, scales, -127, 127)
     assert torch.equal(run(graph, [x])[0], qdq.DYNAMIC_LINEAR(x, codes, scales, layer.bias, scheme))
 
 
