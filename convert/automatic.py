@@ -30,14 +30,17 @@ ORDER = (
     "correct_bias",
     "finetune",
 )
-# Tried one after the other, the likeliest to help first.
-CHEAP = {
-    "quantize_static": (
-        "correct_bias", "equalize", "smooth", "balance_heads", "reparameterize_layernorm", "rotate", "gptq",
-    ),
-    "quantize_dynamic": ("smooth", "rotate", "gptq", "correct_bias"),
+# Tried one after the other, the likeliest to help first: ALWAYS, or where the diagnosis names what it stands for.
+ALWAYS = {
+    "quantize_static": ("correct_bias", "equalize", "gptq"),
+    "quantize_dynamic": ("gptq", "correct_bias"),
     "quantize_weights": ("gptq", "correct_bias"),
-}  # fmt: skip
+}
+NAMED = {
+    "quantize_static": {"smooth": ("smooth", "balance_heads", "reparameterize_layernorm", "rotate")},
+    "quantize_dynamic": {"smooth": ("smooth", "rotate")},
+    "quantize_weights": {},
+}
 HEAVY = ("split_outliers", "ridge", "reconstruct", "finetune")
 # A step is kept for a gain of this much, which is more than the choice of samples makes.
 GAIN_DB = 0.1
@@ -51,7 +54,8 @@ def improve(builder: Builder, decision: Decision, goal_db: float, effort: Effort
     """
     search = _Search(builder, decision)
     if effort != "fast":
-        search.try_all(_cheap(decision))
+        search.diagnosis = builder.look("diagnose", decision)
+        search.try_all(_cheap(decision, {e.action for e in search.diagnosis}))
     if effort == "max" or (effort == "normal" and search.score < goal_db):
         search.try_all(HEAVY if effort == "max" else HEAVY[:2])
     if search.score < goal_db:
@@ -67,6 +71,7 @@ class _Search:
         self.best = builder.build(decision)
         self.score = self.start = builder.score(self.best)
         self.tried: list[Entry] = []
+        self.diagnosis: list[Entry] = []
 
     def try_all(self, names: Iterable[str]) -> None:
         """Add each step where it belongs, or take it out where the recipe has it, and keep what scores better."""
@@ -116,7 +121,7 @@ class _Search:
         note = f"On calibration samples the simulation has {self.score:.1f} dB"
         if kept and self.score > self.start:
             note += f"; {', '.join(kept)} helped"
-        return replace(self.best, ledger=(*self.best.ledger, *self.tried), notes=(f"{note}.",))
+        return replace(self.best, ledger=(*self.best.ledger, *self.diagnosis, *self.tried), notes=(f"{note}.",))
 
     def _note(self, step: str, action: str, reason: str) -> None:
         self.tried.append(Entry("auto", step, action, reason))
@@ -132,9 +137,11 @@ def quantized_layers(made: Compressed) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _cheap(decision: Decision) -> tuple[str, ...]:
+def _cheap(decision: Decision, advice: set[str]) -> tuple[str, ...]:
+    """The steps to try: those that a finding asks for first, as they remove what the others would work around."""
     quantizer = next((s for s in decision.plan.steps if recipes.quantizes(s)), "")
-    return CHEAP.get(quantizer, ())
+    named = [step for word, names in NAMED.get(quantizer, {}).items() if word in advice for step in names]
+    return (*named, *ALWAYS.get(quantizer, ()))
 
 
 def _placed(present: tuple[str, ...], name: str) -> tuple[str, ...]:
