@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from . import qdq
+from . import kernels16, qdq
 from .graph import MOVEMENT, constant, kind, operator_name
 
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
@@ -43,6 +43,9 @@ class _Output:
     def codes(self, steps: Tensor) -> Tensor:
         return torch.clamp(torch.round(steps) + self.zero_point, self.low, self.high).to(self.dtype)
 
+    def clamped(self, codes: Tensor) -> Tensor:
+        return torch.clamp(codes, self.low, self.high).to(self.dtype)
+
 
 class Simulation(Interpreter):
     """The torch simulation every artifact must match.
@@ -52,7 +55,8 @@ class Simulation(Interpreter):
     input_scale * weight_scale / output_scale, rounded half to even. In float32 where the largest possible sum stays
     below 2^24, else in float64. A mean of codes is an exact sum and one such multiplication; an add of codes follows
     `adder` (XNNPACK src/qs8-vadd: multipliers of 21 bits; ONNX Runtime's QLinearAdd: two fused multiply-adds in
-    float32, checked against it code by code). A matmul of two dequantized tensors runs in float64.
+    float32, checked against it code by code). A matmul of two dequantized tensors runs in float64. With "fixed_point",
+    16-bit activations follow `kernels16`, and scales of groups are rounded as LiteRT keeps them (`group_scales`).
 
     Everything else runs as the graph is written. With `compute` "float16" the whole graph does, and every float32 value
     is rounded to float16 (saturated at ±65504) after the node that makes it: runtimes that compute in halves dequantize
@@ -141,15 +145,26 @@ class Simulation(Interpreter):
             return n.target(*wide, **kwargs).float()
         if n in self._outputs:
             write = _mean_codes if _is_mean(n) else _float_add if self._adder == "float" else _fixed_point_add
+            if self._sixteen(self._outputs[n]):
+                write = _mean_codes16 if _is_mean(n) else _add_codes16
             self._codes[n] = write(n, args, self._outputs[n])
         if self._jitter and n.target in (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
             noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
             args = (args[0] * (1 + self._jitter * noise), *args[1:])
             if n not in self._dynamic:
                 return n.target(*args, **kwargs)
+        if self._adder == "fixed_point" and n.target is qdq.DEQUANTIZE_GROUP:
+            is_table = any(kind(user) == "embedding" for user in n.users)
+            args = (args[0], args[1].half().float() if is_table else args[1], *args[2:])
+            return n.target(*args, **kwargs)
         if n in self._dynamic:
+            if self._adder == "fixed_point" and args[2].dim() == 2:
+                args = (*args[:2], group_scales(args[2], args[1].shape[1] // args[2].shape[1]), *args[3:])
             return _dynamic_linear(self._dynamic[n], *args)
         return super().run_node(n)
+
+    def _sixteen(self, output: _Output) -> bool:
+        return self._adder == "fixed_point" and kernels16.fits(output.dtype)
 
     def _run_kernel(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         kernel = self._kernels[node]
@@ -158,6 +173,10 @@ class Simulation(Interpreter):
         total = node.target(codes, kernel.codes, None, *args[3:], **kwargs)
         channels = (1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,)
         unit = kernel.unit.view(channels)
+        output = self._outputs.get(node)
+        if output is not None and self._sixteen(output):
+            self._codes[node] = self._sixteen_bit(node, total, bias, output)
+            return self._codes[node].float() * output.scale
         if bias is not None:
             steps = bias.double() / kernel.unit.double()
             whole = torch.round(steps)
@@ -166,17 +185,46 @@ class Simulation(Interpreter):
             ):  # a bias of its own precision: added after the scale
                 return (total.float() * unit + bias.view(channels)).float()
             total = (total.double() + whole.view(channels)).float()
-        output = self._outputs.get(node)
         if output is not None:
             factor = unit / torch.tensor(output.scale, dtype=torch.float32)
             self._codes[node] = output.codes(total.float() * factor)
         return total.float() * unit
 
+    def _sixteen_bit(self, node: Node, total: Tensor, bias: Tensor | None, output: _Output) -> Tensor:
+        kernel = self._kernels[node]
+        scales = kernel.unit.double() / kernel.input_scale
+        weight = node.args[1]
+        if isinstance(weight, Node) and isinstance(weight.args[1], Node):
+            scales = constant(self.module, weight.args[1]).double()
+        if bias is not None:  # an int64 of the step that the double product of the two scales is
+            whole = torch.round(bias.double() / (kernel.input_scale * scales))
+            total = total.double() + whole.view((1, -1, *[1] * (total.dim() - 2)) if kind(node) == "conv" else (-1,))
+        write = kernels16.conv_codes if kind(node) == "conv" else kernels16.linear_codes
+        return output.clamped(write(total, _single(kernel.input_scale), scales, _single(output.scale)))
 
-def _dynamic_linear(wide: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
+
+def group_scales(scales: Tensor, group: int) -> Tensor:
+    """Scales of groups [out, groups] as LiteRT computes with them: float16 in the file, bfloat16 in XNNPACK's kernels.
+
+    XNNPACK takes groups that are multiples of 32; for others the built-in kernel computes with the file's numbers.
+    """
+    return scales.bfloat16().half().bfloat16().float() if group % 32 == 0 else scales.half().float()
+
+
+def _single(value: float) -> float:
+    """A scale as a file holds it: a float32 number."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _dynamic_linear(
+    wide: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, bits: int = 8
+) -> Tensor:
     """`qdq.dynamic_linear` with the weight's codes as float numbers already, wide enough for exact sums."""
     q, scale = qdq.dynamic_codes(x, scheme, (-1,))
-    y = torch.nn.functional.linear(q.to(wide.dtype), wide).float() * (scale * scales)
+    if scales.dim() == 2:
+        y = qdq.grouped_product(q, codes, scales) * scale
+    else:
+        y = torch.nn.functional.linear(q.to(wide.dtype), wide).float() * (scale * scales)
     return y if bias is None else y + bias
 
 
@@ -266,6 +314,14 @@ def _fixed_point_add(node: Node, args: Any, output: _Output) -> Tensor:
     return torch.clamp(total + output.zero_point, output.low, output.high).to(output.dtype)
 
 
+def _add_codes16(node: Node, args: Any, output: _Output) -> Tensor:
+    a, scale_a = _steps(args[0], node.args[0])
+    b, scale_b = _steps(args[1], node.args[1])
+    return output.clamped(
+        kernels16.add_codes(a, _single(scale_a), b, _single(scale_b), _single(output.scale)) + output.zero_point
+    )
+
+
 def _float_add(node: Node, args: Any, output: _Output) -> Tensor:
     """QLinearAdd: round(fma(a, ra, fma(b, rb, c))) on codes with their zero points, in float32."""
     codes, ratios, zeros = [], [], []
@@ -285,15 +341,25 @@ def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (a.double() * b.double() + c.double()).float()
 
 
-def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
-    """An exact sum of codes, then one multiplication by scale / (output scale * count)."""
+def _mean_codes16(node: Node, args: Any, output: _Output) -> Tensor:
+    total, count, scale = _sum_of_codes(node, args)
+    return output.clamped(kernels16.mean_codes(total, count, _single(scale), _single(output.scale)))
+
+
+def _sum_of_codes(node: Node, args: Any) -> tuple[Tensor, int, float]:
+    """The sum that a mean is made of, exact in float64, over how many codes it runs, and their scale."""
     steps, scale = _steps(args[0], node.args[0])
     if operator_name(node) == "mean":
         axes, keep = args[1], bool(args[2]) if len(args) > 2 else False
     else:  # adaptive pooling to one value per channel
         axes, keep = list(range(2, steps.dim())), True
     total = steps.sum(axes, keepdim=keep)
-    count = steps.numel() // max(total.numel(), 1)
+    return total, steps.numel() // max(total.numel(), 1), scale
+
+
+def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
+    """An exact sum of codes, then one multiplication by scale / (output scale * count)."""
+    total, count, scale = _sum_of_codes(node, args)
     divisor = torch.tensor(output.scale, dtype=torch.float32) * count
     return output.codes(total.float() * (torch.tensor(scale, dtype=torch.float32) / divisor))
 
