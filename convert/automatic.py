@@ -36,7 +36,7 @@ ALWAYS = {
     "quantize_dynamic": ("gptq", "correct_bias"),
     "quantize_weights": ("gptq", "correct_bias"),
 }
-NAMED = {
+NAMED: dict[str, dict[str, tuple[str, ...]]] = {
     "quantize_static": {"smooth": ("smooth", "balance_heads", "reparameterize_layernorm", "rotate")},
     "quantize_dynamic": {"smooth": ("smooth", "rotate")},
     "quantize_weights": {},
@@ -54,7 +54,7 @@ def improve(builder: Builder, decision: Decision, goal_db: float, effort: Effort
     """
     search = _Search(builder, decision)
     if effort != "fast":
-        search.diagnosis = builder.look("diagnose", decision)
+        search.diagnosis = builder.look("diagnose", decision.plan)
         search.try_all(_cheap(decision, {e.action for e in search.diagnosis}))
     if effort == "max" or (effort == "normal" and search.score < goal_db):
         search.try_all(HEAVY if effort == "max" else HEAVY[:2])

@@ -186,6 +186,10 @@ def inspect(
         str | None, typer.Option("--target", "-t", metavar="NAME", help="Instead of the device's own.")
     ] = None,
     recipe: Annotated[str, typer.Option(metavar="NAME", help="What to plan for.")] = "auto",
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Diagnose: what int8 would break, and what helps.")
+    ] = None,
+    preprocessing: Annotated[Path | None, typer.Option(metavar="FILE", help="How images become inputs (TOML).")] = None,
     weights: Weights = None,
     input_: Input = None,
     python: Python = None,
@@ -199,7 +203,16 @@ def inspect(
     inputs = tuple(parse_input(i) for i in input_ or ())
     with working(quiet=json) as progress:
         found = inspect_model(
-            model, _split(device), target, recipe, weights=weights, inputs=inputs, python=python, progress=progress
+            model,
+            _split(device),
+            target,
+            recipe,
+            weights=weights,
+            inputs=inputs,
+            python=python,
+            calibration=calibration,
+            preprocessing=preprocessing,
+            progress=progress,
         )
     show_inspection(found, json)
 

@@ -119,13 +119,11 @@ class Builder:
             stages.append((name, graph))
         return Compressed(graph, tuple(stages), tuple(ledger), decision)
 
-    def look(self, step: str, decision: Decision) -> list[Entry]:
-        """What a step that changes nothing says of the graph before it is quantized."""
-        count = next(
-            (i for i, s in enumerate(decision.plan.steps) if not steps.find(s).exact), len(decision.plan.steps)
-        )
-        start = self._prefix(decision.plan, decision.plan.steps[:count])
-        return steps.apply(step, clone(start.graph), self._context(decision.plan, start))
+    def look(self, step: str, plan: Plan) -> list[Entry]:
+        """What a step that changes nothing says of the graph before `plan` quantizes it."""
+        count = next((i for i, s in enumerate(plan.steps) if not steps.find(s).exact), len(plan.steps))
+        start = self._prefix(plan, plan.steps[:count])
+        return steps.apply(step, clone(start.graph), self._context(plan, start))
 
     def _prefix(self, plan: Plan, names: tuple[str, ...]) -> _Prefix:
         # What an exact step does may depend on which formats it prepares for, not on which layers stay float.

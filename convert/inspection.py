@@ -1,4 +1,4 @@
-"""`tightfit inspect`: what a model holds and what a device makes of it, before any work and without any data."""
+"""`tightfit inspect`: what a model holds and what a device makes of it, before any work; with data, a diagnosis."""
 
 import tempfile
 from collections import Counter
@@ -6,17 +6,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from pydantic import BaseModel, ConfigDict
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from calibrate import steps
+from calibrate import qdq, steps
+from calibrate.coded import coded
 from calibrate.graph import clone, constant, kind, layer_name
 from calibrate.placement import place
 from calibrate.plan import Entry, Plan
-from calibrate.samples import InputSpec
+from calibrate.samples import CalibrationSet, InputSpec
 from calibrate.weights import quantize_weight
 from convert.capture import Captured, capture
+from convert.compress import FEW, Builder
 from convert.costs import Cost, costs
+from convert.data import open_data, peek
 from convert.errors import user_errors
 from convert.planning import Decision, decide, family
 from convert.progress import Progress, Silent
@@ -83,8 +87,9 @@ class Inspection(Facts):
     """A model's layers and totals, and the outlook on one device where one was named.
 
     `parameters` are trained numbers, shared ones once (those that capture folded into others are in no layer);
-    `float_bytes` the bytes of all constants as captured; `operators` how many there are of each kind; `uncounted` the
-    layers whose multiply-accumulates are missing from `macs`.
+    `float_bytes` the bytes of all constants as captured; `findings`: what calibration samples show that int8 would
+    break, and the step that helps, None where no samples were given; `operators` how many there are of each kind;
+    `uncounted` the layers whose multiply-accumulates are missing from `macs`.
     """
 
     model: str
@@ -98,6 +103,7 @@ class Inspection(Facts):
     operators: dict[str, int]
     layers: tuple[Layer, ...]
     outlook: Outlook | None = None
+    findings: tuple[Fate, ...] | None = None
 
 
 def inspect_model(
@@ -109,17 +115,38 @@ def inspect_model(
     weights: Path | None = None,
     inputs: Sequence[InputSpec] = (),
     python: Path | None = None,
+    calibration: str | None = None,
+    preprocessing: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Inspection]:
-    """Capture `model` and inspect it, once per device; without devices the model alone. Raises TightfitError."""
+    """Capture `model` and inspect it, once per device; without devices the model alone. With `calibration` samples the
+    model is diagnosed too. Raises TightfitError."""
     progress = progress or Silent()
     with user_errors():
         profiles: list[DeviceProfile | None] = [load(name) for name in devices] or [None]
     progress.stage("capture")
     with tempfile.TemporaryDirectory() as work, user_errors():
-        captured = capture(model, weights=weights, inputs=inputs, python=python, work=Path(work))
+        where = {"python": python, "work": Path(work), "preprocessing": preprocessing}
+        examples = peek(calibration, labels=None, **where) if calibration else None  # type: ignore[arg-type]
+        captured = capture(model, weights=weights, inputs=inputs, examples=examples, python=python, work=Path(work))
+        findings = None
+        if calibration:
+            progress.stage("diagnose")
+            data = open_data(calibration, captured.inputs, limit=FEW, **where)  # type: ignore[arg-type]
+            findings = diagnosis(captured, data)
     progress.stage("inspect")
-    return [inspect(captured, profile, target, recipe) for profile in profiles]
+    found = [inspect(captured, profile, target, recipe) for profile in profiles]
+    return [f.model_copy(update={"findings": findings}) for f in found]
+
+
+def diagnosis(captured: Captured, data: CalibrationSet) -> tuple[Fate, ...]:
+    """What the samples show that int8 would break, each with the step that is made for it."""
+    entries = Builder(captured, data).look("diagnose", Plan(steps=("fold_batchnorm", "fuse_activations")))
+    return tuple(_fate(e) for e in entries)
+
+
+def _fate(entry: Entry) -> Fate:
+    return Fate(step=entry.step, layer=entry.layer, action=entry.action, reason=entry.reason)
 
 
 def inspect(
@@ -157,6 +184,9 @@ def _outlook(graph: GraphModule, found: list[Cost], profile: DeviceProfile, targ
             fates += _foresee_static(result, decision.plan)
             notes.append("A layer that reads a mask's sentinels stays float too: calibration data will tell.")
             continue
+        if steps.refines(name):
+            notes.append(f"{name} improves the codes with calibration data.")
+            continue
         try:
             fates += steps.apply(name, result, steps.Context(decision.plan, _no_data, _no_data))
         except _NeedsData:
@@ -165,7 +195,7 @@ def _outlook(graph: GraphModule, found: list[Cost], profile: DeviceProfile, targ
         notes.append(
             f"Layers go back to float where the simulation falls below {decision.floor_db:.0f} dB against float."
         )
-    on_codes = {e.layer for e in fates if e.action in ("int8", "int8, dynamic")}
+    on_codes = {e.layer for e in fates if e.step in ("quantize_static", "quantize_dynamic") and _computes(e)}
     return Outlook(
         device=profile.name,
         target=target,
@@ -174,12 +204,17 @@ def _outlook(graph: GraphModule, found: list[Cost], profile: DeviceProfile, targ
         reason=decision.reason,
         compute=decision.compute,
         steps=decision.plan.steps,
-        fates=tuple(Fate(step=e.step, layer=e.layer, action=e.action, reason=e.reason) for e in fates),
+        fates=tuple(_fate(e) for e in fates),
         limits=tuple(_limits(graph, decision, fates)),
         int8_macs=sum(c.macs or 0 for c in found if c.name in on_codes),
         estimated_bytes=_estimate(result, decision),
         notes=tuple(notes),
     )
+
+
+def _computes(entry: Entry) -> bool:
+    """Whether a layer multiplies codes: it was quantized, and is no table."""
+    return not entry.action.startswith("left") and not entry.action.endswith("table")
 
 
 class _NeedsData(Exception):
@@ -226,6 +261,19 @@ def _estimate(graph: GraphModule, decision: Decision) -> int:
         value = constant(graph, node)
         if all("dequantize_per_channel" in str(u.target) and u.args[2] is node for u in node.users):
             continue
+        if value.dtype == torch.int8:
+            total += value.numel() * min(_bits(u, node) for u in node.users) // 8
+            continue
         halved = decision.compute == "float16" and str(value.dtype) == "torch.float32"
         total += value.nbytes // 2 if halved else value.nbytes
     return total
+
+
+def _bits(user: Node, codes: Node) -> int:
+    """Bits per code of a weight, as the node that reads it says."""
+    if user.target is qdq.DEQUANTIZE_CHANNEL:
+        return qdq.bits_of(*user.args[4:6])
+    if user.target is qdq.DEQUANTIZE_GROUP:
+        return qdq.bits_of(*user.args[3:5])
+    found = coded(user)
+    return found.bits if found is not None and found.codes is codes else 8

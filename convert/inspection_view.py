@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from convert.inspection import Inspection, Layer, Outlook
+    from convert.inspection import Fate, Inspection, Layer, Outlook
 
 # More names than this say no more.
 NAMES = 6
@@ -37,8 +37,11 @@ def render(inspection: "Inspection", console: "Console") -> None:
         if layer.parameters or layer.macs or layer.macs is None or layer.name in fates:
             table.add_row(*(escape(text) for text in _row(layer, inspection, fates)))
     console.print(table)
+    lines = [] if inspection.findings is None else list(_diagnosis(inspection.findings))
     if inspection.outlook is not None:
-        for line in _outlook(inspection, inspection.outlook):
+        lines += _outlook(inspection, inspection.outlook)
+    if lines:
+        for line in lines:
             text = line.lstrip(" ")
             console.print(Padding(text, (0, 0, 0, len(line) - len(text))))
 
@@ -112,6 +115,22 @@ def _outlook(inspection: "Inspection", outlook: "Outlook") -> Iterator[str]:
         yield f"    {escape(_listed(tuple(layers)))}"
     for note in outlook.notes:
         yield f"  [dim]{escape(note)}[/dim]"
+
+
+def _diagnosis(findings: "tuple[Fate, ...]") -> Iterator[str]:
+    """What int8 would break, grouped by what helps."""
+    from rich.markup import escape
+
+    yield "\n[bold]Diagnosis[/bold] on calibration samples; auto does what it says"
+    groups: dict[str, list[Fate]] = defaultdict(list)
+    for finding in findings:
+        groups[finding.action].append(finding)
+    for action, members in groups.items():
+        yield f"  [yellow]{escape(action)}[/yellow]"
+        for finding in members[:NAMES]:
+            yield f"    {escape(finding.layer)}: {escape(finding.reason)}"
+        if len(members) > NAMES:
+            yield f"    and {len(members) - NAMES} more"
 
 
 def _left(outlook: "Outlook") -> dict[str, list[str]]:

@@ -56,8 +56,18 @@ def match(result: Result) -> str:
 
 
 def result_failed(result: Result) -> bool:
-    """True when a gate failed or the artifact does not compute what its simulation does."""
-    return any(not gate.passed for gate in result.gates) or not result.match.within_one_step
+    """True when a gate failed, the artifact does not compute what its simulation does, or float is faster."""
+    return any(not gate.passed for gate in result.gates) or not result.match.within_one_step or slower(result)
+
+
+def slower(result: Result) -> bool:
+    """True when a quantized artifact was measured slower than float in its runtime, beyond what timing leaves open."""
+    latency = result.latency
+    if latency is None or latency.speedup is None or latency.ratio_interval is None or not latency.stable:
+        return False
+    elsewhere = any("TensorRT" in name for name in result.placement.kinds)
+    quantized = result.placement.int8_ops > 0 and not result.recipe.endswith("float32")
+    return quantized and not elsewhere and latency.speedup < 1 and latency.ratio_interval[1] < 1
 
 
 def verdict(report: Report) -> str:
@@ -67,7 +77,9 @@ def verdict(report: Report) -> str:
     unjudged = sum(not r.gates for r in report.results)
     noun = "artifact" if total == 1 else "artifacts"
     if failed:
-        return f"{len(failed)} of {total} {noun} failed: {', '.join(r.subject for r in failed)}"
+        why = ["slower than float" if slower(r) and all(g.passed for g in r.gates) else "" for r in failed]
+        names = [f"{r.subject} ({w})" if w else r.subject for r, w in zip(failed, why, strict=True)]
+        return f"{len(failed)} of {total} {noun} failed: {', '.join(names)}"
     if unjudged == total:
         return f"{total} {noun} made; no gate was set, so nothing was judged"
     if unjudged:
