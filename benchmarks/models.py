@@ -41,6 +41,28 @@ def vit() -> nn.Module:
     return _zoo().cifar_vit()
 
 
+class Classifier(nn.Module):
+    """Images [N, 3, 224, 224] -> logits [N, 1000]: a transformers model that gives its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=x).logits
+
+
+def deit() -> nn.Module:
+    """DeiT-tiny's shape with random weights (seed 0): for speed and size only."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000
+    )
+    return Classifier(ViTForImageClassification(config)).eval()
+
+
 def images(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images float32 [count, 3, 32, 32] and labels int64 [count]; part is "train_5000" or "test_2000"."""
     with np.load(zoo_folder() / f"cifar10_{part}.npz") as arrays:

@@ -80,7 +80,7 @@ class _Search:
             if name not in known.names():
                 continue
             inside = name in plan.steps
-            trial = tuple(s for s in plan.steps if s != name) if inside else _placed(plan.steps, name)
+            trial = tuple(s for s in plan.steps if s != name) if inside else placed(plan.steps, name)
             self.builder.progress(f"try {name}", count + 1)
             made = self.builder.build(replace(self.best.decision, plan=replace(plan, steps=trial)))
             score = self.builder.score(made)
@@ -144,7 +144,7 @@ def _cheap(decision: Decision, advice: set[str]) -> tuple[str, ...]:
     return (*named, *ALWAYS.get(quantizer, ()))
 
 
-def _placed(present: tuple[str, ...], name: str) -> tuple[str, ...]:
+def placed(present: tuple[str, ...], name: str) -> tuple[str, ...]:
     """`present` with `name` where ORDER wants it."""
 
     def rank(step: str) -> int:

@@ -1,0 +1,384 @@
+"""Post-training quantization beside the runtimes' own converters: `python benchmarks/ptq.py --help`.
+
+One case is one model in one runtime. Tightfit and the peers convert the same float model with the same samples; one
+process then loads every artifact, compares it with float on the same held-out samples, and times all in turns (CPU
+time of one thread, medians of rounds). The table prints each case's goal, and the reason where it was missed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import models
+import numpy as np
+from peers import OnnxSession, Samples, ai_edge_dynamic, ai_edge_static, one_by_one, onnxruntime_static
+
+import targets
+from convert.drift import Drift, classifies
+from convert.host import cpu_name, system, versions
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 7
+BLOCK_SECONDS = 0.4
+MISSED = "missed"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a runtime: what Tightfit is asked for, which peers there are, and what is to be reached.
+
+    `metric`: "sqnr" (dB), "cosine" (mean over samples) or "agreement" (share of equal top-1); at least `goal`.
+    `ratio`: CPU time over float's, at most; `mib`: size on disk, at most.
+    """
+
+    name: str
+    model: str
+    target: str
+    recipe: str
+    metric: str
+    goal: float | None
+    ratio: float | None = None
+    mib: float | None = None
+    peers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    device: str = "generic-x86"
+
+
+ORT = ("onnxruntime static U8S8", "onnxruntime static S8S8", "onnxruntime dynamic per channel")
+LITERT = ("ai-edge-quantizer static", "ai-edge-quantizer dynamic")
+CASES = (
+    Case("ResNet-20 int8, ONNX Runtime", "resnet20", "onnx", "auto", "sqnr", 33.0, 0.60, peers=ORT),
+    Case("ResNet-20 int8, LiteRT", "resnet20", "tflite", "auto", "sqnr", 33.0, 0.34, peers=LITERT),
+    Case("ViT int8, ONNX Runtime", "vit", "onnx", "auto", "sqnr", None, 0.70, peers=ORT),
+    Case("ViT int8, LiteRT", "vit", "tflite", "auto", "sqnr", None, 0.45, peers=LITERT),
+    Case("MiniLM int8, ONNX Runtime", "minilm", "onnx", "auto", "cosine", 0.998, 0.53, peers=ORT),
+    Case("MiniLM int8, LiteRT", "minilm", "tflite", "auto", "cosine", 0.9985, 0.27, peers=LITERT),
+    Case("DeiT-tiny int8, ONNX Runtime", "deit", "onnx", "auto", "sqnr", None, 0.62, peers=ORT[2:]),
+    Case("DeiT-tiny int8, LiteRT", "deit", "tflite", "auto", "sqnr", None, 0.45, peers=LITERT[1:]),
+    Case("ResNet-20 W4A8, ONNX Runtime", "resnet20", "onnx", "w4a8", "agreement", 0.97),
+    Case("ResNet-20 W4A8, LiteRT", "resnet20", "tflite", "w4a8", "agreement", 0.97),
+    Case("MiniLM 4-bit weights, ONNX Runtime", "minilm", "onnx", "w4", "cosine", 0.985, mib=12, peers=("hqq 4 bits",)),
+    Case("MiniLM 4-bit weights, LiteRT", "minilm", "tflite", "w4a8", "cosine", 0.985, mib=12,
+         peers=("ai-edge-quantizer dynamic 4 bits",)),
+)  # fmt: skip
+
+
+def onnxruntime_u8s8(twin: Path, samples: Samples, path: Path) -> None:
+    """Static int8 with unsigned activations, weights per channel."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = one_by_one(samples)
+
+        def get_next(self) -> Samples | None:
+            return next(self.feeds, None)
+
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(twin, prepared)
+    quantize_static(
+        prepared, path, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+    )
+
+
+def onnxruntime_dynamic(twin: Path, samples: Samples, path: Path) -> None:
+    """Int8 weights per channel, activations at run time; stale shapes that its own checks stumble over are dropped."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(twin)
+    del model.graph.value_info[:]
+    stripped = path.with_suffix(".stripped.onnx")
+    onnx.save(model, stripped)
+    quantize_dynamic(stripped, path, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def hqq(twin: Path, samples: Samples, path: Path) -> None:
+    """ONNX Runtime's 4-bit weights in blocks of 32, by HQQ."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    work = MatMulNBitsQuantizer(onnx.load(twin), algo_config=HQQWeightOnlyQuantConfig(block_size=32, bits=4))
+    work.process()
+    work.model.save_model_to_file(str(path))
+
+
+def ai_edge_dynamic4(twin: Path, samples: Samples, path: Path) -> None:
+    """4-bit weights, activations quantized at run time."""
+    from ai_edge_quantizer import quantizer, recipe
+
+    path.write_bytes(quantizer.Quantizer(str(twin), recipe.dynamic_wi4_afp32()).quantize().quantized_model)
+
+
+PEERS: dict[str, Callable[[Path, Samples, Path], None]] = {
+    "onnxruntime static S8S8": onnxruntime_static,
+    "onnxruntime static U8S8": onnxruntime_u8s8,
+    "onnxruntime dynamic per channel": onnxruntime_dynamic,
+    "hqq 4 bits": hqq,
+    "ai-edge-quantizer static": ai_edge_static,
+    "ai-edge-quantizer dynamic": ai_edge_dynamic,
+    "ai-edge-quantizer dynamic 4 bits": ai_edge_dynamic4,
+}
+
+
+@dataclass
+class Entry:
+    """One artifact of a case; `note` says why something is missing. `ratio` is CPU time over float's."""
+
+    how: str
+    path: str | None = None
+    mib: float | None = None
+    value: float | None = None
+    sqnr_db: float | None = None
+    ratio: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Outcome:
+    """A case with what came of it; `failure` where Tightfit made nothing."""
+
+    case: Case
+    entries: list[Entry] = field(default_factory=list)
+    failure: str = ""
+
+
+def main() -> None:
+    """Convert, measure, print and write the table; exit code 1 when Tightfit failed to convert something."""
+    options = _options()
+    if options.measure:
+        print(json.dumps(_measured(json.loads(options.measure))))
+        return
+    wanted = [c for c in CASES if not options.only or any(o.lower() in c.name.lower() for o in options.only.split(","))]
+    if not wanted:
+        sys.exit(f"no case holds '{options.only}' in its name; there are: {'; '.join(c.name for c in CASES)}")
+    with tempfile.TemporaryDirectory(prefix="ptq-") as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcomes = []
+        for case in wanted:
+            print(f"{case.name} ...", file=sys.stderr, flush=True)
+            outcomes.append(run(case, folder, options))
+            print("\n".join(_lines(outcomes[-1])), flush=True)
+    text = page(outcomes, options)
+    options.out.write_text(text)
+    if any(o.failure for o in outcomes):
+        sys.exit(1)
+
+
+def run(case: Case, folder: Path, options: argparse.Namespace) -> Outcome:
+    """Convert with Tightfit and the peers, then measure all in one process."""
+    outcome = Outcome(case)
+    try:
+        calibration, evaluation = prepare(case.model, folder, options)
+    except SystemExit as reason:
+        outcome.failure = f"skipped: {reason}"
+        return outcome
+    out = folder / case.name.replace(" ", "-").replace(",", "").lower()
+    start = time.perf_counter()
+    made = _tightfit(case, calibration, evaluation, out)
+    if isinstance(made, str):
+        outcome.failure = made
+        return outcome
+    result, twin = made
+    ours = Entry(f"tightfit {result['recipe']}", str(out / result["artifact"]), seconds=time.perf_counter() - start)
+    outcome.entries.append(ours)
+    with np.load(calibration) as arrays:
+        samples = dict(arrays)
+    for peer in case.peers:
+        entry = Entry(peer)
+        outcome.entries.append(entry)
+        path = folder / f"{out.name}-{peer.replace(' ', '-')}{twin.suffix}"
+        began = time.perf_counter()
+        try:
+            PEERS[peer](twin, samples, path)
+            entry.path, entry.seconds = str(path), time.perf_counter() - began
+        except Exception as error:  # whatever a peer's converter raises becomes its line in the table
+            entry.note = f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+    job = {
+        "target": case.target,
+        "metric": case.metric,
+        "twin": str(twin),
+        "evaluation": str(evaluation),
+        "paths": [e.path for e in outcome.entries],
+    }
+    command = [sys.executable, __file__, "--measure", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode:
+        outcome.failure = f"measuring failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}"
+        return outcome
+    for entry, found in zip(outcome.entries, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        for name, value in (found or {}).items():
+            setattr(entry, name, value)
+    return outcome
+
+
+def _tightfit(case: Case, calibration: Path, evaluation: Path, out: Path) -> tuple[dict, Path] | str:
+    """Run `tightfit convert`; its result and the float twin, or what it complained of."""
+    command = [str(Path(sys.executable).with_name("tightfit")), "convert", f"models:{case.model}", "--json", "--force"]
+    command += ["--device", case.device, "--target", case.target, "--recipe", case.recipe, *case.options]
+    command += ["--calibration", str(calibration), "--evaluation", str(evaluation), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode not in (0, 1) or not done.stdout:
+        return " ".join(done.stderr.split())[-300:] or f"exit code {done.returncode}"
+    (result,) = json.loads(done.stdout)["results"]
+    twin = next((out / case.device / "float").iterdir())
+    return result, twin
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def prepare(model: str, folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The samples of a model as two files. Exits with the reason when model or data are absent."""
+    calibration, evaluation = folder / f"{model}-calibration.npz", folder / f"{model}-evaluation.npz"
+    if calibration.exists() and evaluation.exists():
+        return calibration, evaluation
+    if model == "minilm":
+        arrays = models.sentences(128 + options.sentences)
+        np.savez(calibration, **{name: a[:128] for name, a in arrays.items()})
+        np.savez(evaluation, **{name: a[128:] for name, a in arrays.items()})
+    elif model == "deit":
+        x = np.random.default_rng(0).standard_normal((40, 3, 224, 224), dtype=np.float32)
+        np.savez(calibration, x=x[:16])
+        np.savez(evaluation, x=x[16:])
+    else:
+        np.savez(calibration, x=models.images("train_5000", 256)[0])
+        np.savez(evaluation, x=models.images("test_2000", options.images)[0])
+    return calibration, evaluation
+
+
+def _measured(job: dict) -> list[dict | None]:
+    """In one process: quality of every artifact against the float twin, and CPU time in turns with it."""
+    load = OnnxSession if job["target"] == "onnx" else targets.find(job["target"]).open
+    with np.load(job["evaluation"]) as arrays:
+        evaluation = dict(arrays)
+    twin = load(Path(job["twin"]))
+    sessions = [load(Path(p)) if p else None for p in job["paths"]]
+    ours = targets.find(job["target"]).open(Path(job["paths"][0]))  # as Tightfit's own session sets the runtime up
+    sessions[0] = ours
+    found = [_quality(s, twin, evaluation, job["metric"]) if s else None for s in sessions]
+    first = next(one_by_one(evaluation))
+    ratios = cpu_ratios(twin.bind(first), [s.bind(first) if s else None for s in sessions])
+    for entry, path, ratio in zip(found, job["paths"], ratios, strict=True):
+        if entry is not None:
+            entry |= {"ratio": ratio, "mib": targets.artifact_bytes(Path(path)) / 2**20}
+    return found
+
+
+def _quality(session: object, twin: object, samples: Samples, metric: str) -> dict:
+    drift = None
+    cosines, same = [], []
+    for sample in one_by_one(samples):
+        expected, got = twin.run(sample), session.run(sample)
+        got = dict(zip(expected, got.values(), strict=True))
+        drift = drift or Drift(classifies(expected, None))
+        drift.add(expected, got)
+        a, b = (next(iter(o.values())).ravel().astype(np.float64) for o in (expected, got))
+        cosines.append(float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30)))
+        same.append(int(a.argmax() == b.argmax()))
+    assert drift is not None
+    value = {"sqnr": drift.sqnr_db, "cosine": float(np.mean(cosines)), "agreement": float(np.mean(same))}[metric]
+    return {"value": value, "sqnr_db": drift.sqnr_db}
+
+
+def cpu_ratios(float_call: Callable[[], object], calls: list[Callable[[], object] | None]) -> list[float | None]:
+    """CPU time of each call over the float call's: medians of rounds in which all take their turn."""
+    everyone = [float_call, *calls]
+    times: list[list[float]] = [[] for _ in everyone]
+    for call in everyone:
+        if call:
+            call()
+    for number in range(ROUNDS):
+        order = range(len(everyone)) if number % 2 == 0 else reversed(range(len(everyone)))
+        for which in order:
+            call = everyone[which]
+            if call is None:
+                continue
+            call()
+            count, start = 0, time.process_time()
+            while time.process_time() - start < BLOCK_SECONDS:
+                call()
+                count += 1
+            times[which].append((time.process_time() - start) / count)
+    base = float(np.median(times[0]))
+    return [float(np.median(t)) / base if t else None for t in times[1:]]
+
+
+def _lines(outcome: Outcome) -> Iterator[str]:
+    """The rows of one case."""
+    case = outcome.case
+    if outcome.failure:
+        yield f"| {case.name} | tightfit | {outcome.failure} | | | | |"
+        return
+    for entry in outcome.entries:
+        goal = _verdict(case, outcome) if entry is outcome.entries[0] else ""
+        quality = entry.note or _shown(case.metric, entry.value)
+        ratio = "" if entry.ratio is None else f"{entry.ratio:.2f}x"
+        size = "" if entry.mib is None else f"{entry.mib:.2f}"
+        seconds = "" if entry.seconds is None else f"{entry.seconds:.0f}"
+        yield f"| {case.name} | {entry.how} | {quality} | {ratio} | {size} | {seconds} | {goal} |"
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return {"sqnr": f"{value:.1f} dB", "cosine": f"cosine {value:.4f}", "agreement": f"{100 * value:.2f} %"}[metric]
+
+
+def _verdict(case: Case, outcome: Outcome) -> str:
+    """Each goal with whether it was reached."""
+    ours, others = outcome.entries[0], [e for e in outcome.entries[1:] if e.value is not None]
+    found = []
+    goal = case.goal
+    if goal is None and others:
+        goal = max(e.value for e in others)
+    if goal is not None and ours.value is not None:
+        found.append((f"{_shown(case.metric, goal)}", ours.value >= goal))
+    if case.ratio is not None and ours.ratio is not None:
+        found.append((f"{case.ratio:.2f}x", ours.ratio <= case.ratio))
+    if case.mib is not None and ours.mib is not None:
+        found.append((f"{case.mib:g} MiB", ours.mib <= case.mib))
+    return ", ".join(f"{text} {'reached' if good else MISSED}" for text, good in found)
+
+
+def page(outcomes: list[Outcome], options: argparse.Namespace) -> str:
+    """The table as a Markdown page, with where and how it was made."""
+    where = f"{datetime.date.today().isoformat()}, {cpu_name()}, {system()}; "
+    where += ", ".join(f"{name} {version}" for name, version in versions().items())
+    head = "| case | how | drift or agreement | CPU time / float | MiB | s | goal |\n|---|---|---|---:|---:|---:|---|"
+    rows = "\n".join(line for o in outcomes for line in _lines(o))
+    text = (
+        f"# Results of `ptq.py`\n\n{where}\n\n256 calibration images and {options.images} test images, or 128 and "
+        f"{options.sentences} sentences of 64 tokens; DeiT-tiny has random weights. CPU time of one thread, every "
+        f"artifact of a case in one process, in turns, medians of {ROUNDS} rounds. `s`: wall seconds of the whole "
+        "conversion; Tightfit's lowers the float twin, compares and times as well.\n\n"
+    )
+    return f"{text}{head}\n{rows}\n"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", help="cases whose name holds this; several with commas")
+    parser.add_argument("--images", type=int, default=2000, help="test images (%(default)s)")
+    parser.add_argument("--sentences", type=int, default=500, help="test sentences (%(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep data and artifacts there")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=HERE / "ptq_results.md", help="(ptq_results.md beside this)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
