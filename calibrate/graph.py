@@ -130,7 +130,7 @@ def kind(node: Node) -> str:
     if getattr(node.target, "__module__", "") == "_operator":
         return "shape"  # arithmetic on sizes
     name = operator_name(node)
-    if name.startswith(("quantize_per", "dequantize_per")):
+    if name.startswith(("quantize_per", "dequantize_per", "quantize_float8", "dequantize_float8", "lookup")):
         return "qdq"
     if name in ("sym_size", "sym_constrain_range_for_size"):
         return "shape"

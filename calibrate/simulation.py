@@ -20,6 +20,10 @@ WHOLE = 4 * torch.finfo(torch.float32).eps
 Adder = Literal["float", "fixed_point"]
 
 
+# What turns numbers into codes.
+_ROUNDS = (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D, qdq.QUANTIZE_FLOAT8)
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """The constants of one integer conv or linear: codes as float numbers, the step of its accumulator per channel."""
@@ -111,7 +115,7 @@ class Simulation(Interpreter):
         if self._half:
             return True
         for node in self.module.graph.nodes:
-            if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+            if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D, qdq.QUANTIZE_FLOAT8):
                 return True
             if node.target is not qdq.QUANTIZE or node in self._written:
                 continue
@@ -126,7 +130,7 @@ class Simulation(Interpreter):
         value = self._run(n)
         if self._half and n.op != "output" and isinstance(value, Tensor) and value.dtype == torch.float32:
             value = value.clamp(-HALF_MAX, HALF_MAX).half().float()
-        if n.target is qdq.DEQUANTIZE_CHANNEL and all(a.op == "get_attr" for a in n.all_input_nodes):
+        if n.target in qdq.EXPANDING and all(a.op == "get_attr" for a in n.all_input_nodes):
             self._weights[n] = value
         return value
 
@@ -148,7 +152,7 @@ class Simulation(Interpreter):
             if self._sixteen(self._outputs[n]):
                 write = _mean_codes16 if _is_mean(n) else _add_codes16
             self._codes[n] = write(n, args, self._outputs[n])
-        if self._jitter and n.target in (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+        if self._jitter and n.target in _ROUNDS:
             noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
             args = (args[0] * (1 + self._jitter * noise), *args[1:])
             if n not in self._dynamic:

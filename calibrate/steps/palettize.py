@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from calibrate import qdq
 from calibrate.errors import CalibrationError
-from calibrate.graph import add_constant, constant, constant_made, is_table, is_weighted, kind, layer_name
+from calibrate.graph import add_constant, constant, constant_made, is_table, is_weighted, kept_float, kind, layer_name
 from calibrate.palettes import nearest, palette
 from calibrate.plan import Entry, Plan
 from calibrate.steps import Context
@@ -66,8 +66,9 @@ def _weight(graph: GraphModule, node: Node) -> Tensor:
 def _why_not(graph: GraphModule, node: Node, plan: Plan) -> str | None:
     """Why a layer keeps float weights; None when it gets a palette. Raises CalibrationError for bits there are not."""
     name = layer_name(node)
-    if name in plan.keep_float:
-        return plan.keep_float[name]
+    kept = kept_float(node, plan.keep_float)
+    if kept is not None:
+        return kept
     form = plan.format_of(name)
     if name in plan.formats and form.kind != "palette":
         return f"the plan wants {form.label} there, which is no palette"
