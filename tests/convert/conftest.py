@@ -23,7 +23,7 @@ def tightfit(desk: Path, capfd: pytest.CaptureFixture[str]) -> Tightfit:
 
     def run(arguments: str) -> Said:
         capfd.readouterr()
-        with mock.patch("convert.pipeline.measure", hasty):
+        with mock.patch("convert.artifact.measure", hasty):
             code = in_process(arguments)
         said = capfd.readouterr()
         return Said(code, said.out, said.err)

@@ -46,7 +46,7 @@ def converted(pairs: tuple[tuple[str, str], ...] = ONNX, recipe: str = "int8") -
         evaluation=str(folder / "test.npz"),
         recipe=recipe,
     )
-    with mock.patch("convert.pipeline.measure", hasty):
+    with mock.patch("convert.artifact.measure", hasty):
         convert(options)
     return folder / "out"
 

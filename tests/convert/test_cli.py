@@ -168,8 +168,8 @@ def _encoder(folder: Path) -> None:
 
 # Short timing, as `made_out.hasty`: these tests look at anything but time.
 HASTY = (
-    "import functools\nfrom convert import pipeline\n"
-    "pipeline.measure = functools.partial(pipeline.measure, min_runs=20, min_seconds=0.0, warmup_seconds=0.0)"
+    "import functools\nfrom convert import artifact\n"
+    "artifact.measure = functools.partial(artifact.measure, min_runs=20, min_seconds=0.0, warmup_seconds=0.0)"
 )
 
 

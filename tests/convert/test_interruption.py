@@ -92,7 +92,7 @@ def test_a_stop_after_the_artifact_is_written_is_clean(
 
 
 def test_after_a_kill_half_way_a_second_run_succeeds_and_clears_the_remains(tightfit: Tightfit, desk: Path) -> None:
-    die = "import os\nfrom convert import pipeline\npipeline._judged = lambda *a: os.kill(os.getpid(), 9)"
+    die = "import os\nfrom convert import artifact\nartifact._judged = lambda *a: os.kill(os.getpid(), 9)"
     said = in_own_process(f"{CONVERT} --calibration cal.npz", before=die)
     assert said.code == -signal.SIGKILL
     assert not (desk / "deep" / "out").exists()
