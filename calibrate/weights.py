@@ -60,11 +60,13 @@ def fitted_scales(
     form: WeightFormat,
     bias: Tensor | None = None,
     input_scale: float | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Scales float32 for a weight [out, ...]: [out], or [out, in / group] where the format has groups.
 
     8 bits: the largest weight is the largest code. Fewer bits: of `SHRINKS`, what leaves the least squared error,
-    channel by channel (group by group). With `power_of_two` the nearest power of two above.
+    channel by channel (group by group); `importance`, like the weight, says how much each weight's error counts. With
+    `power_of_two` the nearest power of two above.
     """
     low, high = plan.code_range(form.bits)
     group = group_size(weight, form)
@@ -72,7 +74,7 @@ def fitted_scales(
         return weight_scales(weight, plan.weight_max, plan.per_channel, bias, input_scale, plan.half_scales)
     rows = weight.detach().double().reshape(len(weight), -1)
     rows = rows.reshape(-1, group) if group else rows
-    scales = best_scales(rows, low, high)
+    scales = best_scales(rows, low, high, importance.double().reshape(rows.shape) if importance is not None else None)
     if not plan.per_channel and group is None:
         scales = scales.amax().expand_as(scales).clone()
     if form.power_of_two:
@@ -81,8 +83,12 @@ def fitted_scales(
     return _stored(scales, bias, input_scale, plan.half_scales)
 
 
-def best_scales(rows: Tensor, low: int, high: int) -> Tensor:
-    """For each row of `rows` (float64 [n, k]) the scale with the least squared rounding error: float64 [n]."""
+def best_scales(rows: Tensor, low: int, high: int, importance: Tensor | None = None) -> Tensor:
+    """For each row of `rows` (float64 [n, k]) the scale with the least squared rounding error: float64 [n].
+
+    `importance` (float64 [n, k]) weighs the squares.
+    """
+    counts = torch.ones_like(rows) if importance is None else importance
     reach = torch.maximum(rows.amax(1).clamp(min=0) / max(high, 1), -rows.amin(1).clamp(max=0) / -low)
     if high >= 63:
         return reach
@@ -92,7 +98,7 @@ def best_scales(rows: Tensor, low: int, high: int) -> Tensor:
     for share in SHRINKS:
         for full in (wide, reach):
             scale = (full * share).clamp(min=SMALLEST_FLOAT)[:, None]
-            error = (torch.round(rows / scale).clamp(low, high) * scale - rows).square().sum(1)
+            error = (torch.round(rows / scale).clamp(low, high) * scale - rows).square().mul(counts).sum(1)
             better = error < least
             best, least = torch.where(better, scale[:, 0], best), torch.where(better, error, least)
     return torch.where(rows.abs().amax(1) > 0, best, torch.zeros_like(best))
