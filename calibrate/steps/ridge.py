@@ -1,0 +1,92 @@
+"""Ridge update: weights move before rounding so that they make up for errors in what the layer reads."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from calibrate.errors import CalibrationError
+from calibrate.graph import constant
+from calibrate.hessian import descend, gram, ridge
+from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
+from calibrate.lockstep import Visit, walk
+from calibrate.plan import Entry, Plan
+from calibrate.rounding import Rounded, codes_out_of_range, group_of, scale_fitter, settle
+from calibrate.steps import Context
+
+NAME = "ridge"
+SCALES = ("keep", "refit")
+
+
+class Ridge:
+    """ERQ (ICML 2024), section 3.2: dW = (X^T X + lambda I)^-1 X^T (Y - X W), X quantized, Y of the float layer.
+
+    Layer after layer, in closed form; then W + dW is rounded to nearest and the bias takes the mean error that is left.
+    `damping`: lambda as a share of X^T X's mean diagonal. `flips`: passes over the codes in which each may move one
+    step from nearest where that costs less. `scales`: "keep" them, or "refit" to W + dW. A layer whose output error on
+    samples kept aside does not fall keeps its codes and its bias.
+    """
+
+    exact = False
+    refines = True
+    defaults: ClassVar[dict[str, object]] = {"damping": 0.01, "flips": 0, "scales": "refit"}
+
+    def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
+        float_graph, options = context.float_graph, {**self.defaults, **context.parameters}
+        ledger: list[Entry] = []
+        assert float_graph is not None
+        if options["scales"] not in SCALES:
+            raise CalibrationError(f"ridge has no scales {options['scales']!r}: use {' or '.join(SCALES)}")
+
+        def visit(found: Visit) -> None:
+            reason = refusal(graph, float_graph, found)
+            if reason is None and not own_bias(found.layer):
+                reason = "its bias is computed, not constant"
+            if reason is None:
+                made = problem(graph, float_graph, found, context.seed + len(ledger))
+                proposal = _proposal(graph, made, context.plan, options)
+                ledger.append(settle(graph, made, proposal, made.y, context.plan, NAME))
+            else:
+                ledger.append(Entry(NAME, found.layer.name, "left alone", reason))
+            context.progress(NAME, len(ledger))
+
+        walk(float_graph, graph, context.few_batches(), visit)
+        return ledger or [Entry(NAME, "model", "left alone", "no layer of it has coded weights")]
+
+    def ensures(self, graph: GraphModule) -> str | None:
+        return codes_out_of_range(graph)
+
+
+def _proposal(graph: GraphModule, made: LayerProblem, plan: Plan, options: Mapping[str, Any]) -> Rounded:
+    """Codes and bias of one layer, from the rows that are not kept aside."""
+    layer, x, y = made.layer, made.x[:, made.fitted], made.y[:, made.fitted]
+    change, _ = ridge(x, y - _product(x, made.weight), options["damping"])
+    weight = made.weight + change
+    h = gram(x)
+    scales = constant(graph, layer.scales)
+    if options["scales"] == "refit":
+        fit, group = scale_fitter(graph, made, h, plan), group_of(graph, made)
+        width = group or h.shape[1]
+        parts = [fit(made.restored(weight) if group is None else w, c) for w, c in _parts(weight, width)]
+        scales = parts[0] if group is None else torch.stack(parts, 1)
+    step = made.step(scales)
+    codes = torch.round(weight / step).clamp(layer.low, layer.high)
+    if options["flips"]:
+        low, high = (codes - 1).clamp(min=layer.low), (codes + 1).clamp(max=layer.high)
+        codes, _ = descend(codes, weight, h, step, low, high, options["flips"])
+    return Rounded(codes, step, scales, (y - _product(x, codes * step)).double().mean(1))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.float().transpose(1, 2)
+
+
+def _parts(weight: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
+    """Groups of `width` neighbouring columns of a weight [1, out, in], or [g, o, k] whole; each with its columns."""
+    count = weight.shape[2]
+    return [(weight[0, :, i : i + width], torch.arange(i, i + width)) for i in range(0, count, width)]
+
+
+STEP = Ridge()
