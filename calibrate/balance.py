@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from .affine import input_factor, input_reach, layer_of
+from .affine import input_factor, input_reach, layer_of, output_reach
 from .errors import CalibrationError
 from .graph import constant, is_weighted, layer_name
 from .links import Link
-from .plan import Plan
+from .plan import Plan, QParams
 from .ranges import fake_quantize, qparams
 from .weights import fitted_scales, spread, weight_codes
 
@@ -21,6 +21,8 @@ DEAD = 1e-8
 # No channel is scaled by more than this against the others: what a few samples hardly use may be used by others.
 LIMIT = 64.0
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+# Observers may clip a tensor: each candidate is judged at the best of these shares of its range.
+SHARES = (1.0, 0.85, 0.7, 0.55)
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,26 @@ def reach(graph: GraphModule, link: Link) -> Tensor:
 
 
 def candidates(graph: GraphModule, link: Link, seen: Seen, shift: Tensor | None) -> list[Candidate]:
-    """The channels as they are, then a^e and a^e / w^(1 - e) for each exponent e: a what is read, w the weights' reach.
+    """The channels as they are, as DFQ makes them from weights alone, then a^e and a^e / w^(1 - e) for each exponent e:
+    a what is read, w the weights' reach (SmoothQuant, arXiv 2211.10438, equation 4, between two layers).
 
-    (SmoothQuant, arXiv 2211.10438, equation 4, between two layers.) With `shift` each of them shifted as well.
+    With `shift` each of them shifted as well.
     """
     low, high = seen.of(link)
     weights = reach(graph, link)
+    source = layer_of(graph, link.source)
+    assert source is not None
+    made = output_reach(graph, source)
     none = torch.zeros_like(low)
     found = [Candidate("none", torch.ones_like(low), none)]
     for moved in [none] if shift is None or not bool(shift.any()) else [none, shift]:
         values = torch.maximum((low - moved).abs(), (high - moved).abs())
         alive = (values > DEAD) & (weights > DEAD)
         more = ", shifted" if bool(moved.any()) else ""
+        classic = (made / weights.clamp(min=DEAD)).sqrt()
+        found.append(
+            Candidate(f"0.5 of weights before and behind{more}", _scale(classic, alive & (made > DEAD)), moved)
+        )
         if more:
             found.append(Candidate("none, shifted", torch.ones_like(low), moved))
         for e in EXPONENTS:
@@ -146,7 +156,7 @@ def errors(
 ) -> dict[Node, list[float]]:
     """For each link (by source) and candidate: squared error of what its readers compute from activations in one
     scale per tensor and weights in codes, relative to the power of what they compute in float."""
-    total = {link.source: [0.0] * len(options[link.source]) for link in links}
+    total = {link.source: torch.zeros(len(options[link.source]), len(SHARES)) for link in links}
     owners: dict[Node, list[Link]] = {}
     for link in links:
         for reader in link.readers:
@@ -161,32 +171,33 @@ def errors(
         power = float(y.double().square().sum()) or 1.0
         for link in owners[node]:
             for i, attempt in enumerate(prepared[(link.source, node)]):
-                total[link.source][i] += float((attempt(x) - y).double().square().sum()) / power
+                for j in range(len(SHARES)):
+                    total[link.source][i, j] += float((attempt(x, j) - y).double().square().sum()) / power
 
     run = _Reading(graph, set(owners), see)
     with torch.no_grad():
         for inputs in batches:
             run.run(*inputs)
-    return total
+    return {source: error.amin(1).tolist() for source, error in total.items()}
 
 
 def _prepare(
     graph: GraphModule, link: Link, reader: Node, options: list[Candidate], seen: Seen, plan: Plan
-) -> list[Callable[[Tensor], Tensor]]:
-    """The reader as a function of its float input, once per candidate, with quantized input and weight."""
+) -> list[Callable[[Tensor, int], Tensor]]:
+    """The reader as a function of its float input and one of `SHARES`, once per candidate, on quantized values."""
     layer = layer_of(graph, reader)
     assert layer is not None
     weight = constant(graph, layer.weight).double()
     bias = constant(graph, layer.bias) if layer.bias is not None else None
     form = replace(plan.format_of(layer_name(reader)), group=None, kind="int")
     low_code, high_code = plan.code_range(form.bits)
-    made: list[Callable[[Tensor], Tensor]] = []
+    made: list[Callable[[Tensor, int], Tensor]] = []
     for option in options:
         scale = option.scale.repeat_interleave(link.readers[reader])
         shift = option.shift.repeat_interleave(link.readers[reader])
         low = float(((seen.low[reader] - shift) / scale).amin().clamp(max=0))
         high = float(((seen.high[reader] - shift) / scale).amax().clamp(min=0))
-        q = qparams(low, high, plan)
+        ranges = [qparams(low * share, high * share, plan) for share in SHARES]
         scaled = (weight * input_factor(layer, scale)).float()
         if is_weighted(reader):
             steps = fitted_scales(scaled, plan, form)
@@ -197,9 +208,16 @@ def _prepare(
         more = _at_shift(reader, weight.float(), shift, layer.axis) if option.moves else None
 
         def attempt(
-            x: Tensor, q: Any = q, w: Tensor = scaled, d: Tensor = divisor, o: Tensor = offset, m: Tensor | None = more
+            x: Tensor,
+            share: int,
+            q: list[QParams] = ranges,
+            w: Tensor = scaled,
+            d: Tensor = divisor,
+            o: Tensor = offset,
+            m: Tensor | None = more,
         ) -> Tensor:
-            y = reader.target(fake_quantize((x - o) / d, q), w, bias, *reader.args[3:], **_others(reader))
+            codes = fake_quantize((x - o) / d, q[share])
+            y = reader.target(codes, w, bias, *reader.args[3:], **_others(reader))
             result: Tensor = y if m is None else y + m
             return result
 

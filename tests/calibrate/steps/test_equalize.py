@@ -1,6 +1,7 @@
 """Equalizing moves scales between layers: no output changes, channel ranges come together, int8 gets better."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -46,6 +47,7 @@ def uneven(*layers: nn.Conv2d) -> None:
         second.weight.data /= factor.view((1, -1, 1, 1) if second.groups == 1 else (-1, 1, 1, 1))
 
 
+@cache
 def mobile() -> GraphModule:
     """conv, relu, depthwise, relu, conv: the triple of the paper."""
     torch.manual_seed(0)
@@ -128,7 +130,7 @@ def test_ranges_of_activations_come_together_and_int8_comes_nearer_to_float() ->
 
 
 def test_dead_channels_keep_their_weights() -> None:
-    graph = mobile()
+    graph = mobile.__wrapped__()  # its weights are changed below
     first = nodes_of(graph, "conv")[0]
     weight, bias = (graph.get_parameter(str(a.target)) for a in first.args[1:3])
     weight.data[2], bias.data[2] = 0.0, 0.0
