@@ -57,7 +57,7 @@ def export(job: Job) -> ir.Model:
                 opset_version=EXPORT_OPSET,
                 input_names=[spec.name for spec in job.inputs],
                 output_names=list(job.outputs),
-                custom_translation_table=translations(gemm=job.rules.runtime != "tensorrt"),
+                custom_translation_table=translations(runtime=job.rules.runtime),
             )
     except Exception as error:  # the exporter's errors have no common base; the cause is in the innermost
         raise TargetError(f"'{job.name}' can't be written as ONNX: {_cause(error)}") from error

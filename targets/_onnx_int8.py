@@ -22,7 +22,16 @@ def weight_codes_are_stored_transposed(model: ir.Model) -> None:
         if dequantize is None or codes is None or codes.ndim != 2:
             continue
         stored = new_constant(model.graph, f"{source(dequantize, 0).name}_t", codes.T)
-        replace(model.graph, node, new_node(node, "DequantizeLinear", [stored, *dequantize.inputs[1:]], axis=1))
+        group = dequantize.attributes.get_int("block_size", 0)
+        inputs, attributes = list(dequantize.inputs), {"axis": 1 - dequantize.attributes.get_int("axis", 1)}
+        if group:
+            scales = constant(inputs[1])
+            assert scales is not None
+            inputs[1] = new_constant(model.graph, f"{source(dequantize, 1).name}_t", scales.T)
+            attributes["block_size"] = group
+        replacement = new_node(node, "DequantizeLinear", [stored, *inputs[1:]], **attributes)
+        replacement.metadata_props.update(dequantize.metadata_props)
+        replace(model.graph, node, replacement)
 
 
 def biases_are_codes(model: ir.Model) -> None:
@@ -126,36 +135,3 @@ def pads_run_on_codes(model: ir.Model) -> None:
 def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
     pairs = [(constant(x), constant(y)) for x, y in zip(a.inputs[1:3], b.inputs[1:3], strict=True)]
     return all(x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
-
-
-def lone_weight_codes_are_multiplied(model: ir.Model) -> None:
-    """Dequantize(weight codes) beside a float activation becomes Cast(codes) * scales: int8 on disk, folded at load.
-
-    ONNX Runtime 1.31 fuses a lone Dequantize and MatMul to MatMulNBits at accuracy level 4, which quantizes the
-    activation too (errors of 1 % where the graph has none), and elsewhere dequantizes anew in every run.
-    """
-    for node in list(model.graph):
-        codes = constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
-        if (
-            codes is None
-            or codes.dtype != np.int8
-            or any(_is_fused(user.node, node) for user in node.outputs[0].uses())
-        ):
-            continue
-        scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if scale is None or (zero is not None and np.any(zero != 0)):
-            continue
-        shape = [1] * codes.ndim
-        if scale.ndim:
-            shape[node.attributes.get_int("axis", 1)] = -1
-        scales = new_constant(model.graph, f"{source(node, 0).name}_scale", scale.reshape(shape))
-        cast = new_node(node, "Cast", [source(node, 0)], to=ir.DataType.from_numpy(scale.dtype))
-        model.graph.insert_before(node, cast)
-        replace(model.graph, node, new_node(node, "Mul", [cast.outputs[0], scales]))
-
-
-def _is_fused(reader: ir.Node, weight: ir.Node) -> bool:
-    """True where the reader's activation carries codes as its weight does."""
-    rows = producer(reader.inputs[0], "Reshape") if reader.op_type == "Gemm" else None
-    x = producer(reader.inputs[0] if rows is None else rows.inputs[0], "DequantizeLinear")
-    return x is not None and x is not weight

@@ -13,14 +13,20 @@ from .errors import TargetError
 
 OLDEST = 13
 """DequantizeLinear with an axis, so int8 weights per channel, begin here."""
+IR_VERSIONS = {24: 12, 25: 13}
+"""The file format's version that came with an opset, where it is newer than what the exporter writes."""
 
 
-def at_opset(model: ir.Model, opset: int | None) -> None:
-    """Rewrite the model in place for `opset`; raises TargetError naming the operators that opset lacks."""
+def at_opset(model: ir.Model, opset: int | None, needed: int = 0) -> None:
+    """Rewrite the model in place for `opset`, or for `needed` where that is newer; `check` looks at the result.
+
+    `needed` is the first opset with the types that the model stores (INT4 21, INT2 25): no older one can say them.
+    """
     if opset is None:
         raise TargetError("the profile's rules for onnx name no opset; add `opset = 18` (or what its runtime reads)")
     if opset < OLDEST:
         raise TargetError(f"opset {opset} has no int8 weights per channel; the oldest opset written is {OLDEST}")
+    opset = max(opset, needed)
     if opset > EXPORT_OPSET:
         version_converter.convert_version(model, opset, fallback=False)
     elif opset < EXPORT_OPSET:
@@ -29,11 +35,12 @@ def at_opset(model: ir.Model, opset: int | None) -> None:
                 if opset < newer_than:
                     rewrite(model.graph, node)
     model.opset_imports[""] = opset
-    _check(model, opset)
+    model.ir_version = max(model.ir_version or 0, IR_VERSIONS.get(opset, 0))
 
 
-def _check(model: ir.Model, opset: int) -> None:
-    """Every operator must exist at `opset`, with the inputs and attributes it is given."""
+def check(model: ir.Model) -> None:
+    """Raise TargetError where the model's opset lacks an operator, or one with the inputs and attributes it has."""
+    opset = model.opset_imports[""]
     for node in model.graph:
         if node.domain not in ("", "ai.onnx"):
             continue

@@ -6,7 +6,7 @@ from onnxscript.optimizer import optimize_ir
 from ._onnx_export import LAYER_KEY, quiet
 from ._onnx_graph import constant
 
-WORK = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"))
+WORK = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits", "MultiHeadAttention"))
 NO_LIMIT = 1 << 40
 
 
@@ -31,6 +31,23 @@ def nodes_bear_layer_names(model: ir.Model) -> None:
         base = layer if node.op_type in WORK else f"{layer}/{node.op_type}"
         taken[base] = taken.get(base, 0) + 1
         node.name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+
+
+def constants_are_read(model: ir.Model) -> None:
+    """Drop the initializers that nothing reads."""
+    kept = set(model.graph.outputs)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and value not in kept:
+            del model.graph.initializers[name]
+
+
+def domains_are_named(model: ir.Model) -> None:
+    """The model imports the operator sets that its nodes are of, and no other."""
+    used = {node.domain for node in model.graph if node.domain not in ("", "ai.onnx")}
+    for domain in [d for d in model.opset_imports if d and d not in used]:
+        del model.opset_imports[domain]
+    for domain in sorted(used):
+        model.opset_imports.setdefault(domain, 1)
 
 
 def nothing_machine_specific_is_kept(model: ir.Model) -> None:

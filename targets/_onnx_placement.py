@@ -3,7 +3,8 @@
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -51,6 +52,7 @@ LOGIC = frozenset(
 )
 """Shapes, masks and indices: no arithmetic on the model's values."""
 MOVES = MOVEMENT | LOGIC
+DEQUANTIZING = (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP)
 EDGE_KINDS = frozenset(("add", "sub", "mul", "mean", "avg_pool", "cat", "sigmoid", "softmax", "leaky_relu"))
 """Kinds whose integer kernel reads and writes codes."""
 
@@ -61,7 +63,29 @@ def placement(path: Path, job: Job) -> Placement:
         from ._onnx_tensorrt import predicted_placement
 
         return predicted_placement(path, quantized_layers(job.graph))
-    return counted(optimised(path), quantized_layers(job.graph))
+    found = counted(optimised(path), quantized_layers(job.graph), floats_by_format(job.graph))
+    return replace(found, kinds=dict(sorted((found.kinds | stored(path)).items())))
+
+
+def stored(path: Path) -> dict[str, int]:
+    """{"weights int4": how many tensors of weight codes the file holds in so few bits, ...}; 8 bits are not counted."""
+    model = onnx.load(path, load_external_data=False)
+    names = {onnx.TensorProto.INT4: "int4", onnx.TensorProto.INT2: "int2"}
+    kinds = Counter(f"weights {names[t.data_type]}" for t in model.graph.initializer if t.data_type in names)
+    kinds["weights int4"] += sum(n.op_type == "MatMulNBits" for n in model.graph.node)
+    return {name: count for name, count in kinds.items() if count}
+
+
+def floats_by_format(graph: torch.fx.GraphModule) -> dict[str, str]:
+    """{layer: why its format has no integer kernel, so that it runs in float on the numbers that the codes stand for}."""
+    reasons = {}
+    for node in graph.graph.nodes:
+        operands = list(_operands(node)) if node.op == "call_function" else []
+        if any(a.target is qdq.DEQUANTIZE and torch.int16 in a.args for a in operands):
+            reasons[layer_name(node)] = "it has no integer kernels for 16-bit activations"
+        elif any(a.target is qdq.DEQUANTIZE_GROUP for a in operands):
+            reasons[layer_name(node)] = "it has no integer kernel for weights with one scale per group"
+    return reasons
 
 
 def optimised(path: Path) -> onnx.ModelProto:
@@ -75,8 +99,8 @@ def optimised(path: Path) -> onnx.ModelProto:
         return onnx.load(written, load_external_data=False)
 
 
-def counted(model: onnx.ModelProto, layers: Counter[str]) -> Placement:
-    """`layers` says how many integer operators each layer's name must answer for."""
+def counted(model: onnx.ModelProto, layers: Counter[str], known: Mapping[str, str] | None = None) -> Placement:
+    """`layers` says how many integer operators each layer's name must answer for; `known` why one can't."""
     codes: set[str] = set()
     kinds: Counter[str] = Counter()
     found: Counter[str] = Counter()
@@ -93,7 +117,9 @@ def counted(model: onnx.ModelProto, layers: Counter[str]) -> Placement:
     for name, count in kinds.items():
         by_format[name.split()[0]] += count
     fallbacks = tuple(
-        Fallback(name, _reason(floats.get(name))) for name in sorted(layers) if found[name] < layers[name]
+        Fallback(name, _reason(floats.get(name), (known or {}).get(name)))
+        for name in sorted(layers)
+        if found[name] < layers[name]
     )
     return Placement(
         by_format["int8"], by_format["float"], by_format["convert"], fallbacks, dict(sorted(kinds.items()))
@@ -132,8 +158,10 @@ def layer_of(name: str, layers: Counter[str]) -> str:
     return ""
 
 
-def _reason(op_type: str | None) -> str:
+def _reason(op_type: str | None, known: str | None) -> str:
     version = onnxruntime.__version__
+    if known is not None:
+        return f"ONNX Runtime {version} runs it in float: {known}"
     if op_type is None:
         return f"ONNX Runtime {version} fused it into another operator that computes in float"
     return (
@@ -156,7 +184,7 @@ def _is_quantized(node: torch.fx.Node) -> bool:
         return True
     what = kind(node)
     operands = list(_operands(node))
-    if not operands or not all(a.target in (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL) for a in operands):
+    if not operands or not all(a.target in DEQUANTIZING for a in operands):
         return False
     if what in ("conv", "linear", "matmul"):
         return len(operands) == 2

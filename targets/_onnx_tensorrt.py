@@ -1,8 +1,8 @@
 """What TensorRT asks of a model with Q/DQ, checked on the file; nothing here was run on TensorRT hardware.
 
-Rules: NVIDIA TensorRT, "Working with Quantized Types" (explicit quantization): symmetric int8 only, zero points zero,
-scales positive constants, per-channel scales on weights only, biases in float, all inputs of a weighted operator
-quantized. The numbers of the file are checked in ONNX Runtime.
+Rules: NVIDIA TensorRT, "Working with Quantized Types" (explicit quantization): symmetric codes (int8, 8-bit floats E4M3,
+int4 weights), zero points zero, scales positive constants, per-channel scales on weights only, biases in float, all
+inputs of a weighted operator quantized. The numbers of the file are checked in ONNX Runtime.
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ from .errors import TargetError
 
 WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 DYNAMIC = frozenset(("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"))
+TYPES = ("int8", "int4", "float8_e4m3fn")
 THROUGH = frozenset(("Relu", "Clip"))
 
 Array = NDArray[np.generic]
@@ -47,10 +48,26 @@ def _violations(graph: onnx.GraphProto) -> Iterator[str]:
             yield f"a scale of {node.name} is not positive"
         if zero is not None and np.any(zero != 0):
             yield f"{node.name} has the zero point {zero.flat[np.flatnonzero(zero)[0]]}; symmetric int8 has 0"
-        if zero is None or zero.dtype != np.int8:
-            yield f"{node.name} has codes of {'uint8' if zero is None else zero.dtype}, not int8"
+        codes = _code_type(graph, constants, node, zero)
+        if codes not in TYPES:
+            yield f"{node.name} has codes of {codes}, not of {', '.join(TYPES)}"
         if scale.size > 1 and node.input[0] not in constants:
             yield f"{node.name} has a scale per channel on an activation"
+
+
+def _code_type(
+    graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto], node: onnx.NodeProto, zero: Array | None
+) -> str:
+    """The type of the codes: the zero point's, the stored weight's, or that of the Quantize before; else uint8."""
+    if zero is not None:
+        return str(zero.dtype)
+    if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+        return str(numpy_helper.to_array(constants[node.input[0]]).dtype)
+    for before in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in before.output and before.op_type == "QuantizeLinear":
+            before_zero = _value(constants, before, 2)
+            return "uint8" if before_zero is None else str(before_zero.dtype)
+    return "uint8"
 
 
 def _value(constants: dict[str, onnx.TensorProto], node: onnx.NodeProto, index: int) -> Array | None:

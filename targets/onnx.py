@@ -67,26 +67,37 @@ class OnnxTarget:
 
 def build(job: Job) -> "ir.Model":
     """The finished model of `job`, in memory."""
+    from . import _onnx_bits as few
     from . import _onnx_int8 as int8
     from . import _onnx_passes as passes
+    from ._onnx_attention import moves_that_undo_each_other_are_gone
     from ._onnx_export import export
+    from ._onnx_fusions import sums_stay_beside_their_norms
     from ._onnx_half import in_float16
-    from ._onnx_opset import at_opset
+    from ._onnx_opset import at_opset, check
 
+    runtime, bits = job.rules.runtime, few.stored_bits(job.graph)
     model = export(job)
     passes.constants_are_folded(model)
     int8.weight_codes_are_stored_transposed(model)
-    if job.rules.runtime != "tensorrt":
+    if runtime != "tensorrt":
+        moves_that_undo_each_other_are_gone(model)
+        sums_stay_beside_their_norms(model)
         int8.means_are_pools(model)
         int8.pads_run_on_codes(model)
         int8.biases_are_codes(model)
-    at_opset(model, job.rules.opset)
+    at_opset(model, job.rules.opset, few.oldest_opset(job.graph, runtime))
     if job.compute == "float16":
         in_float16(model)
     passes.constants_are_folded(model)
-    if job.rules.runtime != "tensorrt":
-        int8.lone_weight_codes_are_multiplied(model)
+    if runtime != "tensorrt":
+        few.tables_are_looked_up_as_codes(model, bits)
+        few.lone_weight_codes_are_multiplied(model, bits)
+    few.codes_are_stored_in_their_bits(model, bits, runtime)
+    passes.constants_are_read(model)
     passes.nodes_bear_layer_names(model)
+    passes.domains_are_named(model)
+    check(model)
     passes.nothing_machine_specific_is_kept(model)
     return model
 
