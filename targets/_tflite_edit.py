@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 from calibrate.samples import InputSpec
 
 from ._tflite_file import SIGNATURE, TFLiteFile
-from ._tflite_prepare import PackedWeight
+from ._tflite_pack import add_codes, storage
+from ._tflite_patches import as_matrix, fits, insert_product
+from ._tflite_prepare import PackedWeight, codes_key
+from .errors import TargetError
 
 # Operators with a kernel for float activations times int8 weights, the axis of the weight's channels, the version.
-_HYBRID = {"FULLY_CONNECTED": (0, 12), "CONV_2D": (0, 5), "DEPTHWISE_CONV_2D": (3, 6)}
-_DEQUANTIZE_INT8, _DEQUANTIZE_HALF = 5, 3
+_HYBRID = {"FULLY_CONNECTED": (0, 12), "CONV_2D": (0, 8), "DEPTHWISE_CONV_2D": (3, 7)}
+_LOOKUP = 4
+_DEQUANTIZE_INT8, _DEQUANTIZE_SMALL, _DEQUANTIZE_HALF = 5, 6, 3
+# Below so many rows the built-in FULLY_CONNECTED reads the dequantized weight once, where XNNPACK would pack it anew.
+_FEW_ROWS = 4
+_TURNED = "litert-torch turned the weight of '{}' about, so it has no groups; use one scale per output channel."
 # Layouts that litert-torch gives to a weight, as permutations of PyTorch's axes.
 _LAYOUTS = {2: ((0, 1), (1, 0)), 3: ((0, 1, 2), (0, 2, 1), (1, 2, 0)), 4: ((0, 1, 2, 3), (0, 2, 3, 1), (1, 2, 3, 0))}
 
@@ -69,20 +76,54 @@ def pack_weights(file: TFLiteFile, packed: Sequence[PackedWeight]) -> None:
     head: list[Any] = []
     replaced: set[int] = set()
     expanded: dict[int, int] = {}
-    for op in list(file.graph.operators):
+    operators, file.graph.operators = file.graph.operators, []
+    for op in operators:
+        around = [op]
         for slot, tensor in enumerate(op.inputs):
             found = known.find(file, tensor) if tensor >= 0 else None
             if found is None:
                 continue
             weight, layout = found
-            if weight.form == "dynamic" and slot == 1 and file.operator(op) in _HYBRID:
+            name = file.operator(op)
+            if weight.form == "dynamic" and slot == 1 and name in _HYBRID:
                 _make_hybrid(file, op, tensor, weight, layout)
+            elif weight.form == "int8" and slot == 1 and name == "EMBEDDING_LOOKUP":
+                _make_table(file, op, tensor, weight)
             else:
                 if tensor not in expanded:
-                    expanded[tensor] = _store_small(file, head, tensor, weight, layout)
+                    expanded[tensor] = _store_small(file, head, op, tensor, weight, layout)
                 op.inputs[slot] = expanded[tensor]
+                if slot == 1 and _is_computed(file, head, op.inputs[slot]):
+                    around = _with_computed_weight(file, op)
             replaced.add(tensor)
+        file.graph.operators += around
     file.graph.operators[:0] = head
+    file.drop_unused_tensors(replaced)
+
+
+def pack_static(file: TFLiteFile, bits: dict[str, int]) -> None:
+    """Pack the codes of integer layers that need fewer than 8 bits (`bits` by the codes' key).
+
+    FULLY_CONNECTED reads them packed. A convolution has no fast kernel for them: it becomes the same sums of products
+    over patches of its input (`_tflite_patches`). What fits neither keeps 8 bits per code.
+    """
+    replaced: set[int] = set()
+    operators, file.graph.operators = file.graph.operators, []
+    for op in operators:
+        around = [op]
+        tensor = op.inputs[1] if len(op.inputs) > 1 else -1
+        codes = file.constant(tensor) if tensor >= 0 and file.dtype(tensor) == "INT8" else None
+        wanted = bits.get(codes_key(codes)) if codes is not None else None
+        scales = file.scales(tensor) if wanted is not None else None
+        if wanted is not None and codes is not None and scales is not None:
+            matrix = codes.reshape(len(codes), -1)
+            dtype = storage(wanted, matrix.shape[1])
+            if dtype != "INT8" and (file.operator(op) == "FULLY_CONNECTED" or fits(file, op)):
+                small = add_codes(file, file.name(tensor), matrix, scales, dtype)
+                around = [*as_matrix(file, op), op] if file.operator(op) == "CONV_2D" else [op]
+                around = insert_product(file, around, small, "FULLY_CONNECTED")
+                replaced.add(tensor)
+        file.graph.operators += around
     file.drop_unused_tensors(replaced)
 
 
@@ -145,31 +186,99 @@ def _codes(
 
 
 def _make_hybrid(file: TFLiteFile, op: Any, tensor: int, weight: PackedWeight, layout: tuple[int, ...]) -> None:
-    channel_axis, version = _HYBRID[file.operator(op)]
-    op.inputs[1] = _add_codes(file, tensor, weight, layout, channel_axis)
-    op.opcodeIndex = file.code(file.operator(op), version)
+    name = file.operator(op)
+    channel_axis, version = _HYBRID[name]
+    op.inputs[1] = _add_codes(file, tensor, weight, layout, channel_axis, whole=name == "DEPTHWISE_CONV_2D")
+    op.opcodeIndex = file.code(name, version)
     if hasattr(op.builtinOptions, "asymmetricQuantizeInputs"):
         op.builtinOptions.asymmetricQuantizeInputs = True
 
 
-def _add_codes(file: TFLiteFile, tensor: int, weight: PackedWeight, layout: tuple[int, ...], preferred: int = 0) -> int:
-    shape = file.shape(tensor)
-    codes, axis = _codes(weight, layout, shape, preferred)
-    small = file.add_tensor(f"{file.name(tensor)};int8", "INT8", shape, codes)
+def _make_table(file: TFLiteFile, op: Any, tensor: int, weight: PackedWeight) -> None:
+    """Look rows up as codes: the kernel multiplies them by their scales, and no table of floats is made."""
+    assert weight.codes is not None
     assert weight.scales is not None
-    file.quantize_tensor(small, weight.scales, axis=axis)
-    return small
+    grouped = weight.scales.ndim == 2
+    dtype = storage(weight.bits, weight.codes.shape[1], grouped, blocks_of_two=True)
+    op.inputs[1] = add_codes(file, file.name(tensor), weight.codes, weight.scales, dtype, table=True)
+    op.opcodeIndex = file.code("EMBEDDING_LOOKUP", _LOOKUP)
 
 
-def _store_small(file: TFLiteFile, head: list[Any], tensor: int, weight: PackedWeight, layout: tuple[int, ...]) -> int:
+def _add_codes(
+    file: TFLiteFile,
+    tensor: int,
+    weight: PackedWeight,
+    layout: tuple[int, ...],
+    preferred: int = 0,
+    whole: bool = False,
+) -> int:
+    """The codes in the file's layout, as small as there are kernels for; `whole`: a byte each."""
+    assert weight.codes is not None
+    assert weight.scales is not None
+    shape = file.shape(tensor)
+    if weight.scales.ndim == 2:
+        if layout != (0, 1):
+            raise TargetError(
+                f"litert-torch turned the weight of '{weight.layer}' about, so its groups cannot be kept."
+            )
+        dtype = storage(weight.bits, shape[1], grouped=True)
+        return add_codes(file, file.name(tensor), weight.codes, weight.scales, dtype)
+    codes, axis = _codes(weight, layout, shape, preferred)
+    dtype = "INT8" if whole else storage(weight.bits, codes.size // len(weight.scales))
+    return add_codes(file, file.name(tensor), codes, weight.scales, dtype, axis)
+
+
+def _store_small(
+    file: TFLiteFile, head: list[Any], op: Any, tensor: int, weight: PackedWeight, layout: tuple[int, ...]
+) -> int:
     if weight.codes is None or weight.scales is None:
         values = file.constant(tensor)
         assert values is not None
         return _store_half(file, head, tensor, values)
-    small = _add_codes(file, tensor, weight, layout)
+    if weight.scales.ndim == 2:
+        return _store_groups(file, head, tensor, weight, layout)
+    # XNNPACK unpacks constants of 8 bits when it loads them; fewer bits need an operator that takes computed weights.
+    whole = file.operator(op) == "DEPTHWISE_CONV_2D" or (file.operator(op) == "CONV_2D" and not fits(file, op))
+    small = _add_codes(file, tensor, weight, layout, whole=whole)
     wide = file.add_tensor(f"{file.name(tensor)};float", "FLOAT32", file.shape(tensor))
-    head.append(file.make_operator("DEQUANTIZE", _DEQUANTIZE_INT8, [small], [wide]))
+    version = _DEQUANTIZE_INT8 if file.dtype(small) == "INT8" else _DEQUANTIZE_SMALL
+    head.append(file.make_operator("DEQUANTIZE", version, [small], [wide]))
     return wide
+
+
+def _is_computed(file: TFLiteFile, head: list[Any], tensor: int) -> bool:
+    """Whether the operators in `head` compute `tensor` in a way that XNNPACK does not undo when it loads the file."""
+    maker = next((op for op in head if tensor in op.outputs), None)
+    return maker is not None and file.dtype(maker.inputs[0]) not in ("INT8", "FLOAT16")
+
+
+def _store_groups(file: TFLiteFile, head: list[Any], tensor: int, weight: PackedWeight, layout: tuple[int, ...]) -> int:
+    """Groups as rows of their own with a float32 scale each: DEQUANTIZE reads blocks wrongly, rows rightly."""
+    assert weight.codes is not None
+    assert weight.scales is not None
+    if layout != (0, 1):
+        raise TargetError(_TURNED.format(weight.layer))
+    rows = weight.codes.reshape(weight.scales.size, -1)
+    name = file.name(tensor)
+    small = add_codes(file, name, rows, weight.scales.reshape(-1), storage(weight.bits, rows.shape[1]))
+    wide = file.add_tensor(f"{name};rows", "FLOAT32", rows.shape)
+    joined = file.add_tensor(f"{name};float", "FLOAT32", file.shape(tensor))
+    head.append(file.make_operator("DEQUANTIZE", _DEQUANTIZE_SMALL, [small], [wide]))
+    head.append(file.reshape(wide, joined))
+    return joined
+
+
+def _with_computed_weight(file: TFLiteFile, op: Any) -> list[Any]:
+    """`op`, whose weight is now computed, in operators that XNNPACK takes with such weights."""
+    name, weight = file.operator(op), op.inputs[1]
+    few = math.prod(file.shape(op.inputs[0])[:-1]) < _FEW_ROWS
+    if name == "FULLY_CONNECTED":
+        return [op] if few else insert_product(file, [op], weight, "BATCH_MATMUL")
+    if name != "CONV_2D" or not fits(file, op):
+        return [op]
+    shape = file.shape(weight)
+    matrix = file.add_tensor(f"{file.name(weight)};matrix", "FLOAT32", (shape[0], math.prod(shape[1:])))
+    return [file.reshape(weight, matrix), *insert_product(file, [*as_matrix(file, op), op], matrix, "BATCH_MATMUL")]
 
 
 def _store_half(file: TFLiteFile, head: list[Any], tensor: int, values: NDArray[Any]) -> int:

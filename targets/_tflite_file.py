@@ -34,10 +34,12 @@ DTYPES = {
     "FLOAT16": np.float16,
     "INT8": np.int8,
     "UINT8": np.uint8,
+    "INT16": np.int16,
     "INT32": np.int32,
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
+_PACKED = {"INT4": 4, "INT2": 2}
 
 
 def schema() -> Any:
@@ -64,6 +66,7 @@ class TFLiteFile:
                 op.inputs = [] if op.inputs is None else [int(i) for i in op.inputs]
         self._operators = _names(self._schema.BuiltinOperator)
         self._types = _names(self._schema.TensorType)
+        self._integers: dict[tuple[tuple[int, ...], bytes], int] = {}
 
     @classmethod
     def read(cls, path: Path) -> "TFLiteFile":
@@ -90,6 +93,10 @@ class TFLiteFile:
         """A tensor's type in the format's words: "INT8", "FLOAT32", ..."""
         return self._types[self.graph.tensors[tensor].type]
 
+    def schema_type(self, dtype: str) -> int:
+        """The number of a type in the file: of "INT16"."""
+        return int(getattr(self._schema.TensorType, dtype))
+
     def name(self, tensor: int) -> str:
         """A tensor's name."""
         return str(self.graph.tensors[tensor].name.decode())
@@ -102,9 +109,15 @@ class TFLiteFile:
         return np.asarray(quantization.scale, dtype=np.float32)
 
     def constant(self, tensor: int) -> NDArray[Any] | None:
-        """The values of a constant tensor, in the file's layout; None for one that is computed."""
+        """The values of a constant tensor, in the file's layout; None for one that is computed.
+
+        Codes of 4 and 2 bits come as int8.
+        """
         entry = self.graph.tensors[tensor]
         data = self.model.buffers[entry.buffer].data
+        bits = _PACKED.get(self._types[entry.type])
+        if bits is not None and data is not None and len(data):
+            return _unpacked(np.asarray(data, dtype=np.uint8), bits, self.shape(tensor))
         dtype = DTYPES.get(self._types[entry.type])
         if data is None or dtype is None or len(data) == 0:
             return None
@@ -151,13 +164,43 @@ class TFLiteFile:
         parameters.quantizedDimension = axis
         self.graph.tensors[tensor].quantization = parameters
 
-    def make_operator(self, name: str, version: int, inputs: list[int], outputs: list[int]) -> Any:
-        """An operator without options, not yet in the graph."""
+    def quantize_blocks(self, tensor: int, scales: int, size: int) -> None:
+        """Let the tensor `scales` (float16 [rows, blocks]) hold the scales of a tensor's blocks of `size` codes."""
+        blocks = self._schema.BlockwiseQuantizationT()
+        blocks.scales, blocks.zeroPoints, blocks.blockSize = scales, -1, size
+        parameters = self._schema.QuantizationParametersT()
+        parameters.detailsType = self._schema.QuantizationDetails.BlockwiseQuantization
+        parameters.details = blocks
+        self.graph.tensors[tensor].quantization = parameters
+
+    def options(self, name: str) -> Any:
+        """New options of the kind `name`: "ConcatenationOptions"."""
+        return getattr(self._schema, f"{name}T")()
+
+    def make_operator(
+        self, name: str, version: int, inputs: list[int], outputs: list[int], options: Any | None = None
+    ) -> Any:
+        """An operator, not yet in the graph."""
         op = self._schema.OperatorT()
         op.opcodeIndex = self.code(name, version)
         op.inputs, op.outputs = inputs, outputs
         op.debugMetadataIndex = -1
+        if options is not None:
+            op.builtinOptionsType = getattr(self._schema.BuiltinOptions, type(options).__name__[:-1])
+            op.builtinOptions = options
         return op
+
+    def reshape(self, tensor: int, result: int) -> Any:
+        """A RESHAPE of `tensor` to the shape that `result` has, not yet in the graph."""
+        return self.make_operator("RESHAPE", 1, [tensor, self.integers(self.shape(result))], [result])
+
+    def integers(self, values: Sequence[Any]) -> int:
+        """A constant int32 tensor of these numbers (a shape, the start of a slice), one for all that ask for them."""
+        numbers = np.asarray(values, dtype=np.int32)
+        key = (numbers.shape, numbers.tobytes())
+        if key not in self._integers:
+            self._integers[key] = self.add_tensor(f"integers{len(self._integers)}", "INT32", numbers.shape, numbers)
+        return self._integers[key]
 
     def code(self, name: str, version: int) -> int:
         """The position of the operator code `name` in `version`, added where it is new."""
@@ -212,6 +255,14 @@ class TFLiteFile:
             self.graph.tensors[index].buffer = 0
             self.graph.tensors[index].shape = []
         self.drop_unused_buffers()
+
+
+def _unpacked(data: NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Codes of `bits` bits, the first of a byte in its lowest bits, as int8."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    fields = (data[:, None] >> shifts) & np.uint8(2**bits - 1)
+    codes = (fields.astype(np.int8) ^ (1 << (bits - 1))) - (1 << (bits - 1))
+    return codes.reshape(-1)[: math.prod(shape)].astype(np.int8).reshape(shape)
 
 
 def _names(enumeration: type) -> dict[int, str]:

@@ -6,11 +6,13 @@ import torch
 
 from . import Job
 from ._tflite_convert import convert
-from ._tflite_edit import halve_constants, name_interface, pack_weights
+from ._tflite_edit import halve_constants, name_interface, pack_static, pack_weights
 from ._tflite_fence import remove_fences
 from ._tflite_file import TFLiteFile
 from ._tflite_prepare import Prepared, codes_key, prepare
 from ._tflite_run import try_once
+from ._tflite_tidy import tidy
+from ._tflite_wide import widen
 from .errors import MissingRuntime, TargetError
 
 
@@ -25,6 +27,10 @@ def lower(job: Job) -> bytes:
     remove_fences(file, prepared.fences)
     name_interface(file, job.inputs, job.outputs, codes_outside=job.rules.quantize_io and prepared.static)
     refuse_foreign_codes(file, prepared)
+    tidy(file)
+    if prepared.wide:
+        widen(file, prepared.biases)
+    pack_static(file, prepared.small)
     pack_weights(file, prepared.packed)
     if job.compute == "float16":
         halve_constants(file)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from calibrate import graph as graphs
@@ -13,6 +14,7 @@ from calibrate import qdq
 from . import Fallback, Job, Placement
 from ._tflite_fence import after_activation, has_float_constant
 from ._tflite_file import TFLiteFile
+from ._tflite_pack import BITS
 from ._tflite_prepare import codes_key, is_static
 from ._tflite_run import delegation
 
@@ -27,6 +29,7 @@ _MOVEMENT = frozenset(
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "CONV_3D", "TRANSPOSE_CONV", "BATCH_MATMUL")
 _DYNAMIC = "int8-dynamic"
+_DEQUANTIZED = (qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP)
 _FORMATS = {"FLOAT32": "float32", "FLOAT16": "float16", "INT8": "int8", "UINT8": "int8", "INT16": "int16"}
 
 
@@ -51,7 +54,7 @@ def placement(path: Path, job: Job) -> Placement:
                 kinds[f"weights {name}"] += 1
             continue
         kinds[f"{what} {name}"] += 1
-        if name not in _MOVEMENT and what in ("int8", _DYNAMIC):
+        if name not in _MOVEMENT and what.startswith(("int8", "int16")):
             int8 += 1
         elif name not in _MOVEMENT and what.startswith("float"):
             other += 1
@@ -60,16 +63,20 @@ def placement(path: Path, job: Job) -> Placement:
 
 
 def operator_format(file: TFLiteFile, op: Any) -> str:
-    """The format an operator computes in: "int8" where its activations are, "int8-dynamic" for float activations on
-    int8 weights, else the format of its output ("float32", "int32", "bool", ...)."""
+    """The format an operator computes in: "int8" or "int16" where its activations are, "int8-dynamic" for float
+    activations on integer weights, else the format of its output ("float32", "int32", "bool", ...). Weights of fewer
+    bits than 8 are named behind it: "int8-w4", "int8-dynamic-w2"."""
     outputs = [file.dtype(t) for t in file.outputs(op)]
     activations = [file.dtype(t) for t in file.inputs(op) if file.constant(t) is None]
     result = _FORMATS.get(outputs[0], outputs[0].lower()) if outputs else "none"
-    if result == "int8":
-        return "int8" if all(a in ("INT8", "UINT8", "INT32", "BOOL") for a in activations) else "float32"
     inputs = file.inputs(op)
-    if result == "float32" and file.operator(op) in _WEIGHTED and len(inputs) > 1 and file.dtype(inputs[1]) == "INT8":
-        return _DYNAMIC
+    bits = BITS.get(file.dtype(inputs[1]), 8) if len(inputs) > 1 and file.operator(op) in _WEIGHTED else 8
+    small = f"-w{bits}" if bits < 8 else ""
+    if result in ("int8", "int16"):
+        codes = ("INT8", "UINT8", "INT16", "INT32", "BOOL")
+        return result + small if all(a in codes for a in activations) else "float32"
+    if result == "float32" and file.operator(op) in _WEIGHTED and len(inputs) > 1 and file.dtype(inputs[1]) in BITS:
+        return _DYNAMIC + small
     return result
 
 
@@ -81,7 +88,7 @@ def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
     """Each layer that the job quantizes and the file computes in float, once."""
     seen: set[str] = set()
     planned = (*job.rules.quantize_inputs, *job.rules.shared_scale)
-    weights = _int8_weights(file)
+    weights, stored = _int8_weights(file)
     float_ops = _float_operators(file)
     results = _results(job)
     for name, layer in results.items():  # the file's outputs bear the job's names, not the layers'
@@ -91,11 +98,16 @@ def _fallbacks(file: TFLiteFile, job: Job) -> Iterator[Fallback]:
         layer, reason = graphs.layer_name(node), None
         codes = _codes_of(node)
         if codes is not None:
-            reason = _weight_reason(node, weights.get(codes_key(graphs.constant(job.graph, codes).numpy()), set()))
+            key = codes_key(graphs.constant(job.graph, codes).numpy())
+            formats = weights.get(key, set())
+            reason = _weight_reason(node, formats) or _size_reason(bits_of(node), stored.get(key, 8), formats)
         elif _is_small_weight(node):
-            if codes_key(graphs.constant(job.graph, node.args[0]).numpy()) not in weights:
-                layer = graphs.layer_name(next(iter(node.users), node))
-                reason = "its int8 weights are not in the file: the converter changed or merged them"
+            key = codes_key(graphs.constant(job.graph, node.args[0]).numpy())
+            layer = graphs.layer_name(next(iter(node.users), node))
+            if key not in weights:
+                reason = "its weights are not in the file as codes: the converter changed or merged them"
+            else:
+                reason = _size_reason(bits_of(node), stored[key], weights[key])
         elif graphs.kind(node) in planned and _wants_int8(node):
             names = float_ops.get(_sanitized(layer))
             reason = f"{names} runs in float: its inputs and output are not all int8 here" if names else None
@@ -116,15 +128,44 @@ def _results(job: Job) -> dict[str, str]:
     return {name: graphs.layer_name(node) for name, node in zip(job.outputs, nodes, strict=False)}
 
 
+def bits_of(node: Node) -> int:
+    """How many bits the graph gives each weight of a layer, or of the dequantize node of its weight."""
+    if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
+        scheme = next(i for i, a in enumerate(node.args) if isinstance(a, str))
+        return node.args[scheme + 1] if len(node.args) > scheme + 1 else 8  # type: ignore[return-value]
+    weight = node if node.target in _DEQUANTIZED else node.args[1]
+    assert isinstance(weight, Node)
+    first = 4 if weight.target == qdq.DEQUANTIZE_CHANNEL else 3
+    return qdq.bits_of(*weight.args[first : first + 2])  # type: ignore[arg-type]
+
+
+def _size_reason(wanted: int, stored: int, formats: set[str]) -> str | None:
+    """Why weights take more bits than the graph gives them, or run slowly because of them."""
+    needed = next(b for b in (2, 4, 8) if b >= wanted)
+    if stored > needed:
+        return f"its {wanted}-bit weights take {stored} bits each in the file: TFLite has no kernel for fewer here"
+    if any(f.startswith("conv ") for f in formats):
+        return (
+            f"its {wanted}-bit weights run on LiteRT's built-in kernel, about half as fast as XNNPACK's int8: no fast "
+            "kernel quantizes a convolution's input at run time for them; static int8 activations have one"
+        )
+    return None
+
+
 def _weight_reason(node: Node, formats: set[str]) -> str | None:
-    wanted = _DYNAMIC if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D) else "int8"
-    if wanted in formats:
+    wanted = _DYNAMIC if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D) else _activations(node)
+    if any(f.removeprefix("conv ").split("-w")[0] == wanted for f in formats):
         return None
     if not formats:
         return "its int8 weights are not in the file: the converter changed or merged the layer, which runs in float"
     if formats == {"float32"}:
         return "its int8 weights are dequantized and it runs in float, because its input or output is not int8 here"
     return f"it runs as {', '.join(sorted(formats))} where {wanted} was asked for"
+
+
+def _activations(node: Node) -> str:
+    source = node.args[0]
+    return "int16" if isinstance(source, Node) and source.args[5] == torch.int16 else "int8"
 
 
 def _codes_of(node: Node) -> Node | None:
@@ -141,7 +182,7 @@ def _codes_of(node: Node) -> Node | None:
 
 def _is_small_weight(node: Node) -> bool:
     """True for int8 codes of a layer that computes in float."""
-    if node.target != qdq.DEQUANTIZE_CHANNEL or not graphs.is_constant(node.args[0]):
+    if node.target not in _DEQUANTIZED or not graphs.is_constant(node.args[0]):
         return False
     return not all(is_static(user) for user in node.users)
 
@@ -155,19 +196,25 @@ def _wants_int8(node: Node) -> bool:
     return reads and any(u.target == qdq.QUANTIZE for u in after_activation(node).users)
 
 
-def _int8_weights(file: TFLiteFile) -> dict[str, set[str]]:
-    """What computes with each int8 weight of the file: the weight's key -> formats of its operators."""
+def _int8_weights(file: TFLiteFile) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """What computes with each integer weight of the file: its key -> formats of its operators; its key -> bits.
+
+    A format of a convolution on fewer than 8 bits starts with "conv ".
+    """
     found: dict[str, set[str]] = {}
-    reads: dict[int, list[Any]] = {}
+    stored: dict[str, int] = {}
     for op in file.graph.operators:
         for tensor in file.inputs(op):
-            reads.setdefault(tensor, []).append(op)
-    for tensor, ops in reads.items():
-        codes = file.constant(tensor) if file.dtype(tensor) == "INT8" else None
-        if codes is not None:
-            formats = {"float32" if file.operator(op) == "DEQUANTIZE" else operator_format(file, op) for op in ops}
-            found.setdefault(codes_key(codes), set()).update(formats)
-    return found
+            bits = BITS.get(file.dtype(tensor))
+            codes = file.constant(tensor) if bits is not None else None
+            if codes is None or bits is None:
+                continue
+            name, key = file.operator(op), codes_key(codes)
+            what = "float32" if name in ("DEQUANTIZE", "EMBEDDING_LOOKUP") else operator_format(file, op)
+            slow = bits < 8 and name == "CONV_2D"
+            found.setdefault(key, set()).add(f"conv {what}" if slow else what)
+            stored[key] = max(bits, stored.get(key, 0))
+    return found, stored
 
 
 def _float_operators(file: TFLiteFile) -> dict[str, str]:

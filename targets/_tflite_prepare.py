@@ -19,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from calibrate import graph as graphs
 from calibrate import qdq
+from calibrate.weights import spread
 
 from ._tflite_fence import PACKED, insert_fences
 from .errors import TargetError
@@ -33,8 +34,8 @@ class PackedWeight:
     """A weight that the file holds smaller than the float32 `values` which the converter was given.
 
     `form`: "dynamic", int8 codes that an op multiplies with activations quantized at run time; "int8", int8 codes
-    dequantized before a float op; "float16". `codes` int8 and `scales` float32 [channels] are None for float16;
-    the channels are axis 0 of `values`.
+    dequantized before a float op; "float16". `codes` int8 and `scales` float32 [channels], or [channels, groups], are
+    None for float16; the channels are axis 0 of `values`. `bits`: what a code needs.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class PackedWeight:
     values: NDArray[np.float32]
     codes: NDArray[np.int8] | None = None
     scales: NDArray[np.float32] | None = None
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Prepared:
     """`graph` for litert-torch; `static` when it holds activation Q/DQ; `packed` to be done on the file.
 
     `codes`: a key (`codes_key`) of every int8 constant that static layers may have. `fences`: how
-    many operators `_tflite_fence` put in.
+    many operators `_tflite_fence` put in. `small`: key -> bits, for codes of static layers that need fewer than 8.
+    `wide`: the activations are 16 bits; then `biases` has the float bias of each static layer by its codes' key.
     """
 
     graph: GraphModule
@@ -57,6 +60,9 @@ class Prepared:
     packed: tuple[PackedWeight, ...]
     codes: frozenset[str]
     fences: int
+    small: dict[str, int]
+    wide: bool
+    biases: dict[str, NDArray[np.float32]]
 
 
 def codes_key(codes: NDArray[Any]) -> str:
@@ -70,6 +76,9 @@ def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
     Raises TargetError for what has no form in TFLite.
     """
     work = graphs.clone(graph)
+    _refuse_foreign_forms(work)
+    small, biases = _small_static(work), _static_biases(work)
+    wide = _narrow(work)
     packed = [*_unpack_halves(work), *_lower_dynamic(work)]
     _fold_constants(work)
     _rewrite_average_pools(work, samples)
@@ -81,7 +90,79 @@ def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
     _label(work)
     for module in work.modules():  # an exported graph refuses .eval(); litert-torch warns when `training` is set
         module.training = False
-    return Prepared(work, static, tuple(packed), frozenset(_constant_codes(work)), fences)
+    codes = frozenset(_constant_codes(work))
+    return Prepared(work, static, tuple(packed), codes, fences, small, wide, biases if wide else {})
+
+
+def _refuse_foreign_forms(graph: GraphModule) -> None:
+    """Raise TargetError for the vocabulary that no TFLite runtime computes with."""
+    for node in graph.graph.nodes:
+        what = {
+            qdq.LOOKUP: "is a palette",
+            qdq.QUANTIZE_FLOAT8: "quantizes to 8-bit floats",
+            qdq.DEQUANTIZE_FLOAT8: "has 8-bit floats",
+        }.get(node.target)
+        if what is not None:
+            raise TargetError(
+                f"the layer '{_layer_of(node)}' {what}, which no TFLite kernel reads; use integer weights of 8, 4 or 2 "
+                "bits for this target."
+            )
+
+
+def _static_layers(graph: GraphModule) -> Iterator[tuple[Node, Node]]:
+    """Every layer on static codes with constant weight codes, and the node that dequantizes them."""
+    for node in graph.graph.nodes:
+        weight = node.args[1] if graphs.kind(node) in graphs.WEIGHTED and len(node.args) > 1 else None
+        if not isinstance(weight, Node) or not is_static(node) or not graphs.is_constant(weight.args[0]):
+            continue
+        if weight.target == qdq.DEQUANTIZE_GROUP:
+            raise TargetError(
+                f"the layer '{graphs.layer_name(node)}' has static activations and weights with a scale per group, for "
+                "which TFLite has no kernel; give each output channel one scale, or quantize dynamically."
+            )
+        if weight.target == qdq.DEQUANTIZE_CHANNEL:
+            yield node, weight
+
+
+def _small_static(graph: GraphModule) -> dict[str, int]:
+    found = {}
+    for _, weight in _static_layers(graph):
+        low, high = weight.args[4:6]
+        bits = qdq.bits_of(low, high)  # type: ignore[arg-type]
+        if bits < 8:
+            assert isinstance(weight.args[0], Node)
+            found[codes_key(graphs.constant(graph, weight.args[0]).numpy())] = bits
+    return found
+
+
+def _static_biases(graph: GraphModule) -> dict[str, NDArray[np.float32]]:
+    found = {}
+    for node, weight in _static_layers(graph):
+        bias = node.args[2] if len(node.args) > 2 else None
+        assert isinstance(weight.args[0], Node)
+        if isinstance(bias, Node) and graphs.is_constant(bias):
+            key = codes_key(graphs.constant(graph, weight.args[0]).numpy())
+            found[key] = graphs.constant(graph, bias).numpy()
+    return found
+
+
+def _narrow(graph: GraphModule) -> bool:
+    """Write 16-bit activations as int8 of the same scale, which litert-torch takes: the file's tensors are widened.
+
+    Returns whether there are any. Raises TargetError where a graph mixes them with int8, or quantizes a constant.
+    """
+    pairs = [n for n in graph.graph.nodes if n.target in (qdq.QUANTIZE, qdq.DEQUANTIZE)]
+    wide = [n for n in pairs if n.args[5] == torch.int16]
+    if not wide:
+        return False
+    for node in pairs:
+        layer = graphs.layer_name(node)
+        if node not in wide:
+            raise TargetError(f"'{layer}' has int8 activations where others have 16 bits; TFLite needs one of them.")
+        if graphs.is_constant(node.args[0]):
+            raise TargetError(f"'{layer}' is a constant of 16-bit codes, which is not offered for TFLite; use int8.")
+        node.args = (*node.args[:2], 0, -128, 127, torch.int8)
+    return True
 
 
 def _constant_codes(graph: GraphModule) -> Iterator[str]:
@@ -119,9 +200,11 @@ def _lower_dynamic(graph: GraphModule) -> Iterable[PackedWeight]:
         if node.target not in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
             continue
         x, codes_node, scales_node, bias, *rest = node.args
-        if rest[-1] != "row_int8":
+        place = next(i for i, a in enumerate(rest) if isinstance(a, str))
+        scheme, bits = rest[place], rest[place + 1] if len(rest) > place + 1 else 8
+        if scheme != "row_int8":
             raise TargetError(
-                f"the layer '{graphs.layer_name(node)}' quantizes its input by the scheme '{rest[-1]}', which no "
+                f"the layer '{graphs.layer_name(node)}' quantizes its input by the scheme '{scheme}', which no "
                 "TFLite kernel has; plan dynamic int8 for this target with the scheme 'row_int8'."
             )
         codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
@@ -129,16 +212,19 @@ def _lower_dynamic(graph: GraphModule) -> Iterable[PackedWeight]:
         node.meta[PACKED] = True
         is_linear = node.target == qdq.DYNAMIC_LINEAR
         node.target = aten.linear.default if is_linear else aten.conv2d.default
-        node.args = (x, weight, bias) if is_linear else (x, weight, bias, *rest[:-1])
-        yield _packed(graphs.layer_name(node), "dynamic", codes, scales)
+        node.args = (x, weight, bias) if is_linear else (x, weight, bias, *rest[:place])
+        yield _packed(graphs.layer_name(node), "dynamic", codes, scales, bits)
 
 
 def _rewrite_weights(graph: GraphModule) -> Iterable[PackedWeight]:
     """Codes of a static layer become float -> quantize -> dequantize; those of other layers plain float."""
     for node in list(graph.graph.nodes):
-        if node.target != qdq.DEQUANTIZE_CHANNEL or not graphs.is_constant(node.args[0]):
+        if node.target not in (qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP) or not graphs.is_constant(node.args[0]):
             continue
-        codes_node, scales_node, _, axis = node.args[:4]
+        codes_node, scales_node = node.args[:2]
+        grouped = node.target == qdq.DEQUANTIZE_GROUP
+        axis, first = (0, 3) if grouped else (node.args[3], 4)
+        low, high = node.args[first : first + 2]
         codes, scales = graphs.constant(graph, codes_node), graphs.constant(graph, scales_node)
         if axis != 0 or codes.dtype != torch.int8:
             raise TargetError(
@@ -147,23 +233,29 @@ def _rewrite_weights(graph: GraphModule) -> Iterable[PackedWeight]:
             )
         weight = graphs.add_constant(graph, f"{codes_node.target}_float", _floats(codes, scales), node)
         if all(is_static(user) for user in node.users):
+            arguments = (*node.args[1:4], -127, 127, torch.int8)  # codes of fewer bits are packed in the file
             with graph.graph.inserting_before(node):
-                again = graph.graph.call_function(qdq.QUANTIZE_CHANNEL, (weight, *node.args[1:]))
-            node.args = (again, *node.args[1:])
+                again = graph.graph.call_function(qdq.QUANTIZE_CHANNEL, (weight, *arguments))
+            node.args = (again, *arguments)
         else:
             layer = _layer_of(node)
             _mark_readers(node)
             node.replace_all_uses_with(weight)
             graph.graph.erase_node(node)
-            yield _packed(layer, "int8", codes, scales)
+            yield _packed(layer, "int8", codes, scales, qdq.bits_of(low, high))
 
 
 def _floats(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes.float() * scales.view(-1, *[1] * (codes.dim() - 1))
+    return codes.float() * spread(scales, codes.shape)
 
 
-def _packed(layer: str, form: Form, codes: Tensor, scales: Tensor) -> PackedWeight:
-    return PackedWeight(layer, form, _floats(codes, scales).numpy(), codes.numpy(), scales.numpy())
+def _packed(layer: str, form: Form, codes: Tensor, scales: Tensor, bits: int) -> PackedWeight:
+    if scales.dim() == 2 and bits > 4:
+        raise TargetError(
+            f"the weight of '{layer}' has {bits}-bit codes with a scale per group; TFLite reads groups of 4-bit codes "
+            "only: use 4 bits, or one scale per output channel."
+        )
+    return PackedWeight(layer, form, _floats(codes, scales).numpy(), codes.numpy(), scales.numpy(), bits)
 
 
 def _mark_readers(weight: Node) -> None:

@@ -43,19 +43,32 @@ def batch(*inputs: Tensor) -> Batch:
     return {name: x.numpy() for name, x in zip(("first", "second", "third"), inputs, strict=False)}
 
 
-def int8_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric codes (int8) and scales (float32) of a weight, one scale per index of axis 0."""
-    scales = weight.flatten(1).abs().amax(1) / 127
-    return torch.round(weight / scales.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8), scales
+def limits(bits: int) -> tuple[int, int]:
+    """The least and the largest code of `bits` bits."""
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def quantize(graph: GraphModule, *inputs: Tensor, keep_float: tuple[str, ...] = ()) -> GraphModule:
-    """Static int8 with min-max ranges of one batch; nodes named in `keep_float` compute in float."""
+def weight_codes(weight: Tensor, bits: int = 8, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric codes (int8) and scales (float32) of a weight: one per index of axis 0, or per group of a row."""
+    low, high = limits(bits)
+    rows = weight.reshape(-1, group) if group else weight.flatten(1)
+    scales = rows.abs().amax(1) / high
+    codes = torch.round(rows / scales[:, None]).clamp(low, high).to(torch.int8)
+    return codes.reshape(weight.shape), scales.reshape(len(weight), -1) if group else scales
+
+
+def quantize(
+    graph: GraphModule, *inputs: Tensor, keep_float: tuple[str, ...] = (), bits: int = 8, wide: bool = False
+) -> GraphModule:
+    """Static int8 with min-max ranges of one batch; nodes named in `keep_float` compute in float.
+
+    Weights have `bits` bits; activations 16 where `wide`.
+    """
     ranges = _Ranges(graph)
     with torch.no_grad():
         ranges.run(*inputs)
     wanted = [n for n in graph.graph.nodes if graphs.kind(n) in COMPUTE + SHARED and n.name not in keep_float]
-    parameters = _parameters(graph, ranges.found)
+    parameters = _parameters(graph, ranges.found, wide)
     for node in list(graph.graph.nodes):
         if node.name not in ranges.found or (node in wanted and _is_fused(node)):
             continue
@@ -63,7 +76,7 @@ def quantize(graph: GraphModule, *inputs: Tensor, keep_float: tuple[str, ...] = 
             _insert(graph, node, *parameters[node.name])
     for node in wanted:
         if graphs.is_weighted(node):
-            _quantize_weight(graph, node)
+            _quantize_weight(graph, node, bits, wide)
     return graphs.finish(graph)
 
 
@@ -79,14 +92,19 @@ class _Ranges(Interpreter):
         return value
 
 
-def _parameters(graph: GraphModule, ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, int]]:
+def _parameters(
+    graph: GraphModule, ranges: dict[str, tuple[float, float]], wide: bool
+) -> dict[str, tuple[float, int, int, int, torch.dtype]]:
     found = {}
     for name, (low, high) in ranges.items():
+        if wide:
+            found[name] = float(np.float32(max(high, -low, 1e-8) / 32767)), 0, -32768, 32767, torch.int16
+            continue
         scale = float(np.float32(max((high - low) / 255, 1e-8)))
-        found[name] = scale, round(-128 - low / scale)
+        found[name] = scale, round(-128 - low / scale), -128, 127, torch.int8
     for node in graph.graph.nodes:
         if graphs.kind(node) in FIXED:
-            found[node.name] = FIXED[graphs.kind(node)]
+            found[node.name] = (*FIXED[graphs.kind(node)], -128, 127, torch.int8)
         elif graphs.kind(node) == "cat":
             found.update({part.name: found[node.name] for part in node.args[0]})
         elif graphs.kind(node) in SHARED:
@@ -99,8 +117,7 @@ def _is_fused(node: Node) -> bool:
     return len(users) == 1 and graphs.kind(node) in COMPUTE[:3] and graphs.kind(users[0]) in ("relu", "clamp")
 
 
-def _insert(graph: GraphModule, node: Node, scale: float, zero: int) -> None:
-    arguments = (scale, zero, -128, 127, torch.int8)
+def _insert(graph: GraphModule, node: Node, *arguments: object) -> None:
     with graph.graph.inserting_after(node):
         codes = graph.graph.call_function(qdq.QUANTIZE, (node, *arguments))
     with graph.graph.inserting_after(codes):
@@ -108,26 +125,30 @@ def _insert(graph: GraphModule, node: Node, scale: float, zero: int) -> None:
     node.replace_all_uses_with(values, delete_user_cb=lambda user: user is not codes)
 
 
-def _quantize_weight(graph: GraphModule, node: Node) -> None:
+def _quantize_weight(graph: GraphModule, node: Node, bits: int, wide: bool) -> None:
     weight, bias = graphs.weight_nodes(node)
     assert weight is not None
-    scales = store_codes(graph, node, 1)
-    if bias is not None:
+    scales = store_codes(graph, node, 1, bits)
+    if bias is not None and not wide:
         step = scales.double() * node.args[0].args[1]
         whole = (torch.round(graphs.constant(graph, bias).double() / step) * step).float()
         node.args = (*node.args[:2], graphs.add_constant(graph, f"{node.name}_bias", whole, node), *node.args[3:])
 
 
-def store_codes(graph: GraphModule, node: Node, position: int) -> Tensor:
-    """Replace the weight that is `node`'s argument `position` by int8 codes and a dequantize; returns the scales."""
-    codes, scales = int8_codes(graphs.constant(graph, node.args[position]))
+def store_codes(graph: GraphModule, node: Node, position: int, bits: int = 8, group: int | None = None) -> Tensor:
+    """Replace the weight that is `node`'s argument `position` by codes and a dequantize; returns the scales."""
+    codes, scales = weight_codes(graphs.constant(graph, node.args[position]), bits, group)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     constants = [
         graphs.add_constant(graph, f"{node.name}_{part}", value, node)
         for part, value in (("codes", codes), ("scales", scales), ("zeros", zeros))
     ]
     with graph.graph.inserting_before(node):
-        wide = graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*constants, 0, -127, 127, torch.int8))
+        if group:
+            arguments = (*constants[:2], None, *limits(bits), torch.int8, group, torch.float32)
+            wide = graph.graph.call_function(qdq.DEQUANTIZE_GROUP, arguments)
+        else:
+            wide = graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*constants, 0, *limits(bits), torch.int8))
     node.args = (*node.args[:position], wide, *node.args[position + 1 :])
     return scales
 
@@ -141,19 +162,20 @@ def store_halves(graph: GraphModule, node: Node, position: int) -> None:
     node.args = (*node.args[:position], wide, *node.args[position + 1 :])
 
 
-def make_dynamic(graph: GraphModule, scheme: str = "row_int8") -> GraphModule:
-    """Every conv and linear as dynamic int8."""
+def make_dynamic(graph: GraphModule, scheme: str = "row_int8", bits: int = 8, group: int | None = None) -> GraphModule:
+    """Every conv and linear as dynamic int8 with weights of `bits` bits, the linear ones in groups."""
     for node in [n for n in graph.graph.nodes if graphs.is_weighted(n)]:
-        codes, scales = int8_codes(graphs.constant(graph, node.args[1]))
+        is_conv = graphs.kind(node) == "conv"
+        codes, scales = weight_codes(graphs.constant(graph, node.args[1]), bits, None if is_conv else group)
         stored = [
             graphs.add_constant(graph, f"{node.name}_codes", codes, node),
             graphs.add_constant(graph, f"{node.name}_scales", scales, node),
         ]
         x, _, bias, *rest = [*node.args, *[None] * (3 - len(node.args))]
-        if graphs.kind(node) == "conv":
+        if is_conv:
             rest = [*rest, *[[1, 1], [0, 0], [1, 1], 1][len(rest) :]]
             node.target = qdq.DYNAMIC_CONV2D
         else:
             node.target = qdq.DYNAMIC_LINEAR
-        node.args = (x, *stored, bias, *rest, scheme)
+        node.args = (x, *stored, bias, *rest, scheme, bits)
     return graphs.finish(graph)
