@@ -1,61 +1,88 @@
-"""One layer's weights between two codes each, as AdaRound (arXiv 2004.10568) learns which to take."""
+"""What steps that round weights anew share: scales by importance, judgement on samples kept aside, and storing."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .coded import CodedLayer
+from .coded import CodedLayer, coded
 from .graph import constant
-from .plan import Plan
-from .training import LearnedScale, latent_steps, stored_scales
+from .hessian import Refit
+from .layer_problem import LayerProblem
+from .plan import Entry, Plan, WeightFormat
+from .weights import fitted_scales
 
-# AdaRound's rectified sigmoid reaches a little beyond 0 and 1, so that both are reached at finite values.
-STRETCH, SHIFT = 1.2, -0.1
+# Below this share of the mean no column's importance falls: a column that the samples hardly used may be used in life.
+LEAST_IMPORTANCE = 0.01
 
 
-class Rounding:
-    """The trained form of one layer: every weight between the code below and the code above, scales, bias."""
+@dataclass(frozen=True)
+class Rounded:
+    """A proposal for one layer: codes, step [g, o, k]; scales as stored; what to add to the bias [g, o], or None."""
 
-    def __init__(self, graph: GraphModule, layer: CodedLayer, weight: Tensor | None, plan: Plan, scales: bool) -> None:
-        self.layer = layer
-        latent = latent_steps(graph, layer, weight)
-        self.below = torch.floor(latent)
-        share = (latent - self.below).clamp(0.001, 0.999)
-        self.up = (-torch.log(STRETCH / (share - SHIFT) - 1)).requires_grad_()
-        self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(latent.shape))
-        self.learns_scale = scales and not plan.format_of(layer.name).power_of_two
-        bias = layer.bias
-        self.bias = constant(graph, bias).clone() if bias is not None else None
-        self.move = torch.zeros_like(self.bias).requires_grad_() if self.bias is not None else None
-        self.unit = 1.0
+    codes: Tensor
+    step: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
 
-    def share(self) -> Tensor:
-        """How far each weight stands from the code below to the code above, 0 to 1."""
-        return torch.clamp(torch.sigmoid(self.up) * STRETCH + SHIFT, 0, 1)
 
-    def weight(self) -> Tensor:
-        """The soft weight."""
-        scale = self.scale.spread() if self.learns_scale else self.scale.spread().detach()
-        return torch.clamp(self.below + self.share(), self.layer.low, self.layer.high) * scale
+def group_of(graph: GraphModule, made: LayerProblem) -> int | None:
+    """How many neighbouring inputs share a scale; None where a whole output channel does."""
+    scales = constant(graph, made.layer.scales)
+    return made.shape[1] // scales.shape[1] if scales.dim() == 2 else None
 
-    def moved_bias(self) -> Tensor:
-        """The bias with what was learned."""
-        assert self.bias is not None
-        assert self.move is not None
-        return self.bias + self.move * self.unit
 
-    def cost(self, beta: float) -> Tensor:
-        """How undecided the roundings are: 0 when each is at an end, at most 1."""
-        return (1 - (2 * self.share() - 1).abs().pow(beta)).mean()
+def code_bounds(layer: CodedLayer, plan: Plan) -> tuple[int, int]:
+    """The least and largest code: what the graph allows, and for 8 bits no more than the plan's `weight_max`."""
+    low, high = plan.code_range(layer.bits)
+    return max(layer.low, low), min(layer.high, high)
 
-    def store(self, graph: GraphModule, plan: Plan) -> float:
-        """Write codes, scales and bias into the graph; the share of codes that moved."""
-        with torch.no_grad():
-            codes = torch.clamp(self.below + (self.share() >= 0.5), self.layer.low, self.layer.high)
-            moved = float((codes != constant(graph, self.layer.codes)).float().mean())
-            self.layer.set_codes(graph, codes)
-            if self.learns_scale:
-                self.layer.set_scales(graph, stored_scales(self.scale.value(), plan))
-            if self.bias is not None:
-                self.layer.set_bias(graph, self.moved_bias(), plan.int32_bias)
-        return moved
+
+def scale_fitter(graph: GraphModule, made: LayerProblem, h: Tensor, plan: Plan) -> Refit:
+    """Fits scales [out] for weights [out, ...] in the given columns: as quantization did, but each column's error
+    counts as its inputs do (the diagonal of `h` [g, k, k])."""
+    layer = made.layer
+    form = WeightFormat(layer.bits, None, "int", plan.format_of(layer.name).power_of_two)
+    whole = plan.int32_bias and layer.bias is not None and layer.input_scale() is not None
+    bias = constant(graph, layer.bias) if layer.bias is not None and whole else None
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    importance = torch.maximum(diagonal, LEAST_IMPORTANCE * diagonal.mean(1, keepdim=True))
+    rows = made.shape[0] // len(h)
+
+    def fit(weight: Tensor, columns: Tensor) -> Tensor:
+        counts = importance[:, columns].repeat_interleave(rows, 0)
+        # A group has scales of its own even where whole channels share one.
+        shared = plan if weight[0].numel() == made.weight.shape[2] else replace(plan, per_channel=True)
+        return fitted_scales(weight, shared, form, bias, layer.input_scale(), counts)
+
+    return fit
+
+
+def settle(graph: GraphModule, made: LayerProblem, proposal: Rounded, goal: Tensor, plan: Plan, step: str) -> Entry:
+    """Store the proposal where it comes nearer to `goal` [g, n, o] on the samples kept aside; say what was done."""
+    layer = made.layer
+    before = made.error(made.current(graph), goal)
+    after = made.error(proposal.codes * proposal.step, goal, proposal.bias)
+    if not after < before:
+        reason = f"output error {after:.3g} on samples kept aside, not below {before:.3g}"
+        return Entry(step, layer.name, "left as it was rounded", reason)
+    layer.set_codes(graph, made.restored(proposal.codes))
+    layer.set_scales(graph, proposal.scales)
+    bias = constant(graph, layer.bias).double() if layer.bias is not None else torch.zeros(made.shape[0]).double()
+    if proposal.bias is not None:
+        layer.set_bias(graph, bias + proposal.bias.flatten(), plan.int32_bias)
+    elif layer.bias is not None and plan.int32_bias:  # another scale makes another step of the kernel's bias
+        layer.set_bias(graph, bias, True)
+    return Entry(step, layer.name, f"{layer.bits}-bit codes, output error {before:.3g} to {after:.3g}")
+
+
+def codes_out_of_range(graph: GraphModule) -> str | None:
+    """Which layer holds codes that its bits cannot, or None."""
+    for node in graph.graph.nodes:
+        layer = coded(node)
+        if layer is not None:
+            codes = constant(graph, layer.codes)
+            if int(codes.min()) < layer.low or int(codes.max()) > layer.high:
+                return f"a code of {layer.name} is outside {layer.low}..{layer.high}"
+    return None

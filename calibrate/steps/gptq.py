@@ -14,7 +14,7 @@ from calibrate.hessian import DAMPING, descend, gptq, gram, importance_order, ri
 from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
 from calibrate.lockstep import Visit, walk
 from calibrate.plan import Entry, Plan
-from calibrate.rounding import Rounded, codes_out_of_range, group_of, scale_fitter, settle
+from calibrate.rounding import Rounded, code_bounds, codes_out_of_range, group_of, scale_fitter, settle
 from calibrate.steps import Context
 
 NAME = "gptq"
@@ -39,7 +39,7 @@ class Gptq:
         "scales": "refit",
         "damping": DAMPING,
         "act_order": True,
-        "passes": 2,
+        "passes": 1,
     }
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
@@ -86,6 +86,7 @@ def _codes(
 ) -> Rounded:
     """Codes for `weight` [g, o, k] under the second moments `h` [g, k, k]."""
     layer, group = made.layer, group_of(graph, made)
+    low, high = code_bounds(layer, plan)
     scales = constant(graph, layer.scales)
     fit = scale_fitter(graph, made, h, plan) if options["scales"] == "refit" else None
     if fit is not None and group is None:
@@ -94,8 +95,8 @@ def _codes(
         weight,
         h,
         made.step(scales),
-        layer.low,
-        layer.high,
+        low,
+        high,
         order=importance_order(h, group) if options["act_order"] else None,
         damping=options["damping"],
         group=group,
@@ -103,8 +104,8 @@ def _codes(
     )
     if group is not None:
         scales = step[0, :, ::group].float()
-    low, high = torch.full_like(codes, layer.low), torch.full_like(codes, layer.high)
-    codes, _ = descend(codes, weight, h, step, low, high, options["passes"])
+    bounds = torch.full_like(codes, low), torch.full_like(codes, high)
+    codes, _ = descend(codes, weight, h, step, *bounds, options["passes"])
     return Rounded(codes, step, scales)
 
 

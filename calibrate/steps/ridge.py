@@ -13,7 +13,7 @@ from calibrate.hessian import descend, gram, ridge
 from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
 from calibrate.lockstep import Visit, walk
 from calibrate.plan import Entry, Plan
-from calibrate.rounding import Rounded, codes_out_of_range, group_of, scale_fitter, settle
+from calibrate.rounding import Rounded, code_bounds, codes_out_of_range, group_of, scale_fitter, settle
 from calibrate.steps import Context
 
 NAME = "ridge"
@@ -72,10 +72,11 @@ def _proposal(graph: GraphModule, made: LayerProblem, plan: Plan, options: Mappi
         parts = [fit(made.restored(weight) if group is None else w, c) for w, c in _parts(weight, width)]
         scales = parts[0] if group is None else torch.stack(parts, 1)
     step = made.step(scales)
-    codes = torch.round(weight / step).clamp(layer.low, layer.high)
+    low, high = code_bounds(layer, plan)
+    codes = torch.round(weight / step).clamp(low, high)
     if options["flips"]:
-        low, high = (codes - 1).clamp(min=layer.low), (codes + 1).clamp(max=layer.high)
-        codes, _ = descend(codes, weight, h, step, low, high, options["flips"])
+        bounds = (codes - 1).clamp(min=low), (codes + 1).clamp(max=high)
+        codes, _ = descend(codes, weight, h, step, *bounds, options["flips"])
     return Rounded(codes, step, scales, (y - _product(x, codes * step)).double().mean(1))
 
 

@@ -131,3 +131,10 @@ def test_the_same_seed_makes_the_same_codes() -> None:
     made = [refined(plan, graph, "gptq", {})[1] for _ in range(2)]
     for a, b in pairs(*made):
         assert torch.equal(constant(made[0], a.codes), constant(made[1], b.codes))
+
+
+@pytest.mark.parametrize("most", [63, 127])
+def test_no_code_goes_beyond_what_the_plan_lets_a_kernel_sum(most: int) -> None:
+    plan = replace(DYNAMIC, weight=WeightFormat(8), weight_max=most)
+    _, graph, _ = refined(plan, cnn(), "gptq", {"scales": "keep", "target": "float"})
+    assert max(int(constant(graph, layer.codes).abs().max()) for layer in coded_layers(graph)) == most
