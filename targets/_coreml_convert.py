@@ -1,4 +1,4 @@
-"""coremltools' part of the lowering: convert, teach it float16 constants, explain what it refuses."""
+"""coremltools' part of the lowering: convert, teach it stored weights, explain what it refuses."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from calibrate import qdq
 from calibrate.graph import layer_name
 
 from . import Job
 from ._coreml_graph import interface_dtype, prepare
+from ._coreml_weights import SYSTEMS, register, system_of
 from .errors import TargetError
 from .mil.reader import coremltools, quiet
 
@@ -58,7 +58,7 @@ def _passes(ct: Any) -> Any:
 def _prepared(job: Job) -> torch.export.ExportedProgram:
     try:
         with quiet():
-            _register_half_weight()
+            _register_weights()
             return prepare(job, supported())
     except TargetError:
         raise
@@ -68,10 +68,15 @@ def _prepared(job: Job) -> torch.export.ExportedProgram:
 
 
 def deployment_target(ct: Any, job: Job) -> Any:
-    """The profile's, but never below iOS 17 where activations are quantized: earlier systems cannot."""
-    wanted = getattr(ct.target, job.rules.deployment_target or "iOS17")
-    quantized = any(node.target is qdq.QUANTIZE for node in job.graph.graph.nodes)
-    return max(wanted, ct.target.iOS17) if quantized else wanted
+    """The profile's, raised where the graph holds what earlier systems cannot read: it says what is needed."""
+    return getattr(ct.target, needed_system(job))
+
+
+def needed_system(job: Job) -> str:
+    """The oldest system that this job's file may ask for: the profile's deployment target, or what its formats need."""
+    wanted: set[str] = {job.rules.deployment_target or "iOS17"}
+    wanted |= {system_of(job.graph, node) for node in job.graph.graph.nodes}
+    return max(wanted, key=SYSTEMS.index)
 
 
 def supported() -> Callable[[Node], bool]:
@@ -86,8 +91,8 @@ def supported() -> Callable[[Node], bool]:
     return known
 
 
-def _register_half_weight() -> None:
-    """Teach coremltools that `tightfit::half_weight` of a float16 constant is constexpr_cast."""
+def _register_weights() -> None:
+    """Teach coremltools the stored weights of our own: codes, palettes, and float16 constants as constexpr_cast."""
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
@@ -96,6 +101,7 @@ def _register_half_weight() -> None:
         context.add(Builder.constexpr_cast(source_val=stored, output_dtype="fp32", name=node.name))
 
     register_torch_op(half_weight, torch_alias=["tightfit::half_weight"], override=True)
+    register(Builder)
 
 
 def _numpy(dtype: torch.dtype) -> type:

@@ -15,6 +15,7 @@ from calibrate import qdq
 from calibrate.graph import add_constant, constant, layer_name
 
 from . import Job
+from ._coreml_weights import PACKED_WEIGHT, mark_weights, refuse
 from .errors import TargetError
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ MASKED = -3e4  # coremltools' own stand-in for -inf; the sum of two such masks i
 _IDENTITIES = {aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default}
 _IDENTITIES |= {aten.detach_.default, aten.lift_fresh_copy.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_KEPT = {qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE}
+_KEPT = {qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE, qdq.LOOKUP, PACKED_WEIGHT}
 _DYNAMIC = {qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D}
 _WHERE = {aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
 
@@ -72,6 +73,7 @@ def prepare(job: Job, supported: Callable[[Node], bool]) -> torch.export.Exporte
 def _refuse(job: Job) -> None:
     """Raise TargetError for quantization that Core ML has no operators for."""
     for node in job.graph.graph.nodes:
+        refuse(job.graph, node)
         if node.target in _DYNAMIC:
             raise TargetError(
                 f"layer '{layer_name(node)}' is quantized dynamically, which Core ML cannot do; "
@@ -79,6 +81,11 @@ def _refuse(job: Job) -> None:
             )
         if node.target is qdq.QUANTIZE:
             low, high, dtype = node.args[3:6]
+            if dtype not in (torch.int8, torch.uint8):
+                raise TargetError(
+                    f"'{node.name}' quantizes to {str(dtype).removeprefix('torch.')}, but activations in Core ML are "
+                    "int8 or uint8; use the recipe int8, or int8-weights with float16 activations"
+                )
             if (low, high) != (torch.iinfo(dtype).min, torch.iinfo(dtype).max):
                 raise TargetError(
                     f"'{node.name}' quantizes to [{low}, {high}], but Core ML saturates at the ends of {dtype}; "
@@ -144,6 +151,7 @@ def _clean(module: GraphModule, half: bool) -> None:
     _fill_by_shape(module)
     _tensor_where(module)
     _mark_half_weights(module, half)
+    mark_weights(module, half)
     _fold(module)
     if half:
         finite_masks(module)

@@ -11,6 +11,7 @@ from calibrate import qdq
 from calibrate.graph import kind, layer_name
 
 from . import Fallback, Job, Placement
+from ._coreml_stored import Stored, stored
 from .mil import activation, conv, elementwise, linear, norm, pool, recurrent, reduction, resize
 from .mil.reader import read_function
 
@@ -25,20 +26,15 @@ _FAMILIES = (activation, conv, elementwise, linear, norm, pool, recurrent, reduc
 _NO_COMPUTE = frozenset({"cast", "identity", "select"})
 _COMPUTE = frozenset(name for family in _FAMILIES for name in family.OPS) - _NO_COMPUTE
 _FORMATS = {"fp16": "float16", "fp32": "float32"}
-_PACKED = {
-    "constexpr_affine_dequantize": "int8 weights",
-    "constexpr_blockwise_shift_scale": "int8 weights",
-    "constexpr_cast": "float16 weights",
-    "constexpr_lut_to_dense": "palettized weights",
-    "constexpr_sparse_to_dense": "sparse weights",
-}
 MULTIPLYING = frozenset({"conv", "conv_transpose", "linear", "matmul"})
 _FUSED = frozenset({"relu", "relu6"})
 _RENAMED = "_cast_fp16"  # coremltools' float16 pass appends it to every operator it retypes
 
 
 def placement(path: Path, job: Job) -> Placement:
-    """Count the program's operators and name every layer that `job` quantizes but the program computes in float.
+    """Count the program's operators and name every layer that `job` quantizes but the program computes in float, or
+    whose weights it stores as plain float numbers. Weights that only a later system than the profile's deployment
+    target can read are counted with that system's name: "float16 linear (int4 weights, iOS18)".
 
     Integer and boolean work (masks, positions) computes nothing a format could speed up and is not counted; a relu
     between an int8 kernel and `quantize` is part of that kernel, since clamping codes is all there is to it.
@@ -46,14 +42,16 @@ def placement(path: Path, job: Job) -> Placement:
     operations = [op for op in read_function(path).operations if op.op_type != "const"]
     computing = [op for op in operations if op.op_type in _COMPUTE and _format(op) is not None and not _is_fused(op)]
     reasons = {id(op): _why_float(op) for op in computing}
-    kinds = Counter(_kind(op, reasons[id(op)] is None) for op in computing)
+    profile = job.rules.deployment_target or "iOS17"
+    kinds = Counter(_kind(op, reasons[id(op)] is None, profile) for op in computing)
     int8 = sum(1 for op in computing if reasons[id(op)] is None)
     found = {name: op for op in computing for name in _names(op)}
+    everything = {name: op for op in operations for name in _names(op)}
     return Placement(
         int8_ops=int8,
         float_ops=len(computing) - int8,
         conversions=sum(1 for op in operations if op.op_type in _CONVERSIONS),
-        fallbacks=tuple(_fallbacks(job, found, reasons)),
+        fallbacks=(*_fallbacks(job, found, reasons), *_unpacked(job, everything)),
         kinds=dict(sorted(kinds.items())),
     )
 
@@ -80,17 +78,18 @@ def _format(op: Any) -> str | None:
     return _FORMATS.get(types.builtin_to_string(op.outputs[0].dtype))
 
 
-def _kind(op: Any, int8: bool) -> str:
+def _kind(op: Any, int8: bool, profile: str) -> str:
     if int8:
         return f"int8 {op.op_type}"
-    packed = {_PACKED[source] for source in _sources(op, "weight", "y", "x") if source in _PACKED}
+    packed = {form.label(profile) for form in _packed(op, "weight", "y", "x")}
     return f"{_format(op)} {op.op_type}" + (f" ({', '.join(sorted(packed))})" if packed else "")
 
 
-def _sources(op: Any, *keys: str) -> list[str]:
-    """The types of the operators that make these arguments."""
-    inputs = [op.inputs[key] for key in keys if key in op.inputs]
-    return [var.op.op_type for var in inputs if getattr(var, "op", None) is not None]
+def _packed(op: Any, *keys: str) -> list[Stored]:
+    """How those of these arguments are stored that a constexpr operator makes."""
+    makers = [getattr(op.inputs.get(key), "op", None) for key in keys]
+    forms = [stored(maker) for maker in makers if maker is not None]
+    return [form for form in forms if form is not None]
 
 
 def _why_float(op: Any) -> str | None:
@@ -101,11 +100,13 @@ def _why_float(op: Any) -> str | None:
     for key in keys:
         maker = op.inputs[key].op
         made = "the model's input" if maker is None else f"'{maker.op_type}'"
-        packed = op.op_type == "matmul" and made.strip("'") in _PACKED and key == "y"
+        packed = op.op_type == "matmul" and key == "y" and any(form.int8 for form in _packed(op, "y"))
         if made != "'dequantize'" and not packed:
             return f"its operand {key} comes from {made}, not from 'dequantize'"
-    if op.op_type in ("conv", "linear") and not set(_sources(op, "weight")) & set(_PACKED):
-        return "its weights are not int8"
+    if op.op_type in ("conv", "linear"):
+        weight = next(iter(_packed(op, "weight")), None)
+        if weight is None or not weight.int8:
+            return f"its weights are {weight.name if weight else 'float numbers'}, and the int8 kernels read int8 codes"
     if op.op_type in _OUTPUT_TOO:
         users = _users(op)
         if users != {"quantize"}:
@@ -133,6 +134,20 @@ def _fallbacks(job: Job, found: dict[str, Any], reasons: dict[int, str | None]) 
             yield Fallback(layer_name(node), f"runs as {_format(op)} {op.op_type}: {reason}")
 
 
+def _unpacked(job: Job, everything: dict[str, Any]) -> Iterator[Fallback]:
+    """The layers whose weights the graph stores in few bits and the file as plain numbers."""
+    for node in job.graph.graph.nodes:
+        if node.target not in qdq.EXPANDING or any(source.op != "get_attr" for source in node.all_input_nodes):
+            continue
+        ops = [everything[name] for name in (node.name, f"{node.name}_0") if name in everything]
+        # One operator serves layers whose weights are the same: then it is found behind the layer.
+        readers = [everything[name] for user in node.users for name in _aliases(user, job) if name in everything]
+        if any(stored(op) for op in ops) or any(_packed(op, "weight", "x", "y") for op in readers):
+            continue
+        reader = next(iter(node.users), node)
+        yield Fallback(layer_name(reader), "its weights are plain float numbers in the file, not codes or a palette")
+
+
 def _is_quantized(node: Node, job: Job) -> bool:
     """Whether the graph wants this layer in int8: of a kind its rules quantize, codes dequantized in and quantized out.
 
@@ -142,7 +157,7 @@ def _is_quantized(node: Node, job: Job) -> bool:
     if kind(node) not in job.rules.quantize_inputs:
         return False
     sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-    activations = [source for source in sources if source.target is not qdq.DEQUANTIZE_CHANNEL]
+    activations = [source for source in sources if source.target not in qdq.EXPANDING]
     if not activations or any(source.target is not qdq.DEQUANTIZE for source in activations):
         return False
     return kind(node) in MULTIPLYING or {user.target for user in _beyond_relu(node)} == {qdq.QUANTIZE}

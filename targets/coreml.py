@@ -10,6 +10,9 @@ class CoreMLTarget:
 
     Interface: float32 and int32 only, so integer and bool inputs and outputs of other types become int32 (bool: 0 is
     false, all else true) and other floats float32.
+    Weights: int8 codes per channel; 1 to 7 bits, groups and palettes where the system reads them, which raises the
+    file's deployment target above the profile's where needed (`_coreml_weights.system_of`) and is named in the
+    placement. 8-bit floats, 16-bit and dynamically quantized activations are refused.
     Numbers: `quantize` saturates at the ends of its type, so activations whose codes use less are refused; with
     float16 compute its scales are float16 too, and numbers below -65504 become -3e4 (see `finite_masks`).
     """

@@ -1,7 +1,7 @@
 """How a MIL value is held here: every tensor is a torch tensor on the CPU, never of a half-precision type.
 
 A MIL `fp16` tensor is a float32 tensor whose values float16 can represent (`round_to_half`); `uint16` is int32,
-because torch computes little in uint16; sub-byte integers are held in a whole byte.
+because torch computes little in uint16, and `uint32` int64; sub-byte integers are held in a whole byte.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "uint6": torch.uint8,
     "uint8": torch.uint8,
     "uint16": torch.int32,
+    "uint32": torch.int64,
 }
 
 
