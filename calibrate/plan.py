@@ -60,7 +60,7 @@ class Plan:
     dynamic_scheme: Literal["tensor_uint8", "row_int8"] = "tensor_uint8"
     dynamic_kinds: frozenset[str] = frozenset({"linear"})
     keep_float: dict[str, str] = field(default_factory=dict)
-    observers: tuple[str, ...] = ("minmax", "percentile", "mse")
+    observers: tuple[str, ...] = ("minmax", "percentile", "mse", "sweep")
     weight: WeightFormat = WeightFormat()
     formats: dict[str, WeightFormat] = field(default_factory=dict)
     parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)

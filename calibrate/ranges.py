@@ -1,23 +1,19 @@
 """From calibration data to the scale and zero point of every quantized tensor, in constant memory.
 
-Two passes. The first fills one histogram per tensor. The second runs the race: for every tensor, each candidate range
-that the observers propose is judged by the error it causes in the *output of the layers that read the tensor* (for a
-tensor that no weighted layer reads, in the tensor itself); the least error wins, tensor by tensor.
+One pass fills a histogram per tensor; a few samples run the race (`race`) between the ranges that observers propose.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 
 from . import observers
 from .errors import CalibrationError
-from .graph import is_weighted
-from .histogram import Histogram
+from .histogram import Floats, Histogram
 from .placement import Sites
 from .plan import Plan, QParams
 
@@ -26,6 +22,8 @@ Progress = Callable[[int], None]
 SMALLEST_HALF = 2.0**-14
 # The product of two such scales, a kernel's step, is still a normal float32 number.
 SMALLEST_FLOAT = 2.0**-63
+# Proposals are alike when their scales differ by less than this share, and their zero points by as much of 256 codes.
+ALIKE = 0.01
 
 
 def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
@@ -62,18 +60,20 @@ def fake_quantize(x: Tensor, q: QParams) -> Tensor:
     return (codes - q.zero_point) * q.scale
 
 
-class _Watch(Interpreter):
-    """Runs the float graph and hands every float tensor that is a site to `see(site, value)`."""
-
-    def __init__(self, graph: GraphModule, sites: Sites, see: Callable[[str, Tensor], None]) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self.sites, self.see = sites, see
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.sites.group_of and isinstance(value, Tensor):
-            self.see(n.name, value)
-        return value
+def _watched(graph: GraphModule, sites: Sites, see: Callable[[str, object], None]) -> GraphModule:
+    """The float graph as code that hands every tensor that is a site to `see(site, value)` as soon as it is there."""
+    copied = Graph()
+    made: dict[Node, Node] = {}
+    first: list[Node] = []  # the inputs come before anything is computed
+    for node in graph.graph.nodes:
+        made[node] = copied.node_copy(node, lambda n: made[n])
+        if node.name in sites.group_of:
+            first.append(node)
+        if node.op != "placeholder":
+            for site in first:
+                copied.call_function(see, (site.name, made[site]))
+            first = []
+    return GraphModule(graph, copied)
 
 
 def fill_histograms(
@@ -81,11 +81,16 @@ def fill_histograms(
 ) -> dict[str, Histogram]:
     """One histogram per site over every batch. `batches` yields the graph's positional inputs."""
     histograms: dict[str, Histogram] = {name: Histogram() for name in sites.group_of}
-    watch = _Watch(graph, sites, lambda name, value: histograms[name].add(value.float()))
+
+    def see(name: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            histograms[name].add(value.float())
+
+    watch = _watched(graph, sites, see)
     seen = 0
     with torch.no_grad():
         for inputs in batches:
-            watch.run(*inputs)
+            watch(*inputs)
             seen += len(inputs[0]) if inputs[0].dim() else 1
             if progress:
                 progress(seen)
@@ -95,83 +100,19 @@ def fill_histograms(
 
 
 def candidates(histogram: Histogram, plan: Plan) -> list[QParams]:
-    """What the plan's observers propose for one tensor, duplicates removed."""
-    used = histogram.counts > 0
-    values, counts = histogram.centers[used], histogram.counts[used]
+    """What the plan's observers propose for one tensor, in their order, without what is nearly a proposal before it."""
+    levels = qparams(0.0, 1.0, plan)
 
-    def error(low: float, high: float) -> float:
-        return float(((fake_quantize(values, qparams(low, high, plan)) - values).square() * counts).sum())
+    def error(lows: Floats, highs: Floats) -> Floats:
+        if plan.symmetric or plan.activation == "int16":
+            highs = np.maximum(-lows, highs)
+            lows = -highs
+        return histogram.error(lows, highs, levels.qmax - levels.qmin + 1)
 
-    found: dict[tuple[float, int], QParams] = {}
+    found: dict[tuple[int, int], QParams] = {}
     for name in plan.observers:
         for low, high in observers.find(name)(histogram, error):
             if high > low:
                 q = qparams(low, high, plan, name)
-                found.setdefault((q.scale, q.zero_point), q)
+                found.setdefault((round(math.log(q.scale) / ALIKE), round(q.zero_point / (256 * ALIKE))), q)
     return list(found.values()) or [qparams(0.0, 0.0, plan, "constant")]
-
-
-def race(
-    graph: GraphModule,
-    sites: Sites,
-    proposals: dict[int, list[QParams]],
-    batches: Iterable[list[Tensor]],
-    progress: Progress | None = None,
-) -> dict[int, QParams]:
-    """Pick, group by group, the proposal with the least squared error in what reads the tensor."""
-    errors: dict[int, np.ndarray] = {g: np.zeros(len(p)) for g, p in proposals.items()}
-    readers: dict[str, list[Node]] = defaultdict(list)
-    for node in graph.graph.nodes:
-        if is_weighted(node) and isinstance(node.args[0], Node) and node.args[0].name in sites.group_of:
-            readers[node.args[0].name].append(node)
-
-    class _Race(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            value = super().run_node(n)
-            if not isinstance(value, Tensor):
-                return value
-            if n.name in sites.group_of and not readers[n.name]:
-                self._score(n.name, value, lambda x: x)
-            source = n.args[0] if n.args else None
-            if isinstance(source, Node) and n in readers.get(source.name, ()):
-                args, kwargs = self.fetch_args_kwargs_from_env(n)
-                self._score(
-                    source.name,
-                    args[0],
-                    lambda x: n.target(x, *args[1:], **kwargs),
-                    value,
-                )
-            return value
-
-        def _score(
-            self, name: str, x: Tensor, through: Callable[[Tensor], Tensor], reference: Tensor | None = None
-        ) -> None:
-            group = sites.group_of[name]
-            options = proposals[group]
-            if len(options) < 2:
-                return
-            reference = x if reference is None else reference
-            power = float(reference.double().square().sum()) or 1.0
-            for i, q in enumerate(options):
-                # Relative to the output's power, so that several readers of one tensor weigh alike.
-                errors[group][i] += float((through(fake_quantize(x, q)) - reference).double().square().sum()) / power
-
-    runner = _Race(graph, garbage_collect_values=True)
-    seen = 0
-    with torch.no_grad():
-        for inputs in batches:
-            runner.run(*inputs)
-            seen += len(inputs[0]) if inputs[0].dim() else 1
-            if progress:
-                progress(seen)
-    return {g: options[_winner(errors[g])] for g, options in proposals.items()}
-
-
-# A proposal must beat the first (the whole range, where min-max runs) by this factor: the race hears a few samples,
-# and clipping errors of successive layers add up while rounding errors average out.
-MARGIN = 0.9
-
-
-def _winner(errors: np.ndarray) -> int:
-    best = int(np.argmin(errors))
-    return best if errors[best] < MARGIN * errors[0] else 0

@@ -4,14 +4,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from calibrate.histogram import Histogram
+from calibrate.histogram import Floats, Histogram
 
 from ..errors import CalibrationError
 
+# Mean squared error of turning a tensor into codes over each of some ranges: (lows [n], highs [n]) -> [n].
+Quantizer = Callable[[Floats, Floats], Floats]
 # An observer proposes ranges [(low, high), ...] with low <= 0 <= high, in the tensor's own unit.
-Observer = Callable[[Histogram, "Quantizer"], list[tuple[float, float]]]
-# How a range would be turned into codes: (low, high) -> mean squared error over the histogram.
-Quantizer = Callable[[float, float], float]
+Observer = Callable[[Histogram, Quantizer], list[tuple[float, float]]]
 
 
 def names() -> list[str]:

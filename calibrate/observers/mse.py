@@ -1,17 +1,20 @@
 """The clipped range with the least mean squared quantization error over the histogram."""
 
+import numpy as np
+
 from calibrate.histogram import Histogram
 from calibrate.observers import Quantizer
 
-SHRINKS = tuple(1 - step / 50 for step in range(45))
+SHRINKS = 1 - np.arange(45) / 50
 
 
 def ranges(histogram: Histogram, error: Quantizer) -> list[tuple[float, float]]:
     """The best of `SHRINKS` of the range seen: both ends alike, then each alone, twice over (coordinate descent)."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    best = min(((error(low * s, high * s), low * s, high * s) for s in SHRINKS), key=lambda t: t[0])
+    lows, highs = low * SHRINKS, high * SHRINKS
+    best = int(np.argmin(error(lows, highs)))
+    left, right = best, best
     for _ in range(2):
-        _, left, right = best
-        trials = [(low * s, right) for s in SHRINKS] + [(left, high * s) for s in SHRINKS]
-        best = min([best, *((error(a, b), a, b) for a, b in trials)], key=lambda t: t[0])
-    return [(best[1], best[2])]
+        left = int(np.argmin(error(lows, np.full_like(lows, highs[right]))))
+        right = int(np.argmin(error(np.full_like(highs, lows[left]), highs)))
+    return [(float(lows[left]), float(highs[right]))]

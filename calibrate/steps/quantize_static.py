@@ -11,13 +11,17 @@ from calibrate.graph import add_constant, constant, is_weighted, kind, layer_nam
 from calibrate.histogram import Histogram
 from calibrate.placement import Sites, place
 from calibrate.plan import Entry, Plan, QParams
-from calibrate.ranges import candidates, fill_histograms, race
+from calibrate.race import race
+from calibrate.ranges import candidates, fill_histograms
 from calibrate.steps import Context
 from calibrate.weights import fitted_scales, store_codes, weight_codes
 
 # A tensor whose largest value is above this, and above this many times what a quarter of its values stay below, holds a
 # sentinel (a mask's -1e9), not data.
 SENTINEL = 1e6
+# Lesser sentinels (a mask's -1e4) are told by their looks: below this, so many times beyond all data, in a few bins of
+# the histogram only (-1e4 added once or twice to small numbers), and this share of all values or more.
+MASKED, GAP, FEW_BINS, OFTEN = -1e3, 64, 6, 0.01
 
 
 class QuantizeStatic:
@@ -103,7 +107,9 @@ def _choose(graph: GraphModule, sites: Sites, context: Context) -> None:
             readers=sites.readers,
             layers=sites.layers,
         )
-        won = race(graph, part, proposals, context.few_batches(), lambda n: context.progress("race", n))
+        won = race(
+            graph, part, proposals, context.histograms, context.few_batches(), lambda n: context.progress("race", n)
+        )
         context.chosen.update({open_groups[g]: q for g, q in won.items()})
 
 
@@ -124,7 +130,18 @@ def unquantizable(histogram: Histogram) -> str | None:
     typical = histogram.magnitude(0.25)
     if reach > SENTINEL * max(typical, 1.0):
         return f"a tensor there reaches {reach:.2g} where a quarter of its values are below {typical:.2g} (a mask?)"
+    if _masked(histogram):
+        return f"a tensor there often holds {histogram.low:.2g} and nothing between that and its data (a mask?)"
     return None
+
+
+def _masked(histogram: Histogram) -> bool:
+    """Whether the tensor has the looks of additive masking with a number such as -1e4."""
+    low = histogram.low
+    if low > MASKED or histogram.high > -low / GAP:
+        return False
+    counts = histogram.counts[histogram.centers < low / GAP]
+    return int((counts > 0).sum()) <= FEW_BINS and float(counts.sum()) >= OFTEN * float(histogram.counts.sum())
 
 
 def _insert(graph: GraphModule, nodes: dict[str, Node], name: str, sites: Sites, q: QParams) -> None:

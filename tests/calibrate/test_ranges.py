@@ -5,15 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_graphs import ISLANDS, Made, capture, images, only
+from small_graphs import ISLANDS, capture, images, only
 from torch import Tensor, nn
 
 from calibrate import ranges
 from calibrate.errors import CalibrationError
 from calibrate.histogram import Histogram
-from calibrate.placement import Sites, place
-from calibrate.plan import Plan, QParams
-from calibrate.ranges import candidates, fake_quantize, fill_histograms, qparams, race
+from calibrate.placement import place
+from calibrate.plan import Plan
+from calibrate.ranges import candidates, fake_quantize, fill_histograms, qparams
 
 REACH = st.floats(0, 2.0**66, width=32)
 PLANS = st.builds(
@@ -102,66 +102,8 @@ def test_candidates_name_their_observer_and_begin_with_the_whole_range() -> None
     values = torch.cat([torch.randn(10000, generator=torch.Generator().manual_seed(0)), torch.tensor([50.0])])
     found = candidates(histogram_of(values), ISLANDS)
     assert found[0].observer == "minmax"
-    assert {q.observer for q in found} == {"minmax", "percentile", "mse"}
+    assert {q.observer for q in found} == set(ISLANDS.observers)
     assert len({(q.scale, q.zero_point) for q in found}) == len(found)
-
-
-class Racing:
-    """One linear layer whose input takes part in a race of the given candidates."""
-
-    def __init__(self, weight: Tensor) -> None:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight.data = weight
-        self.graph = capture(nn.Sequential(layer), torch.randn(4, weight.shape[1]))
-        self.name = str(only(self.graph, "input").name)
-        self.sites = Sites(group_of={self.name: 0}, readers={self.name: None})
-
-    def winner(self, options: list[QParams], *batches: Tensor) -> QParams:
-        return race(self.graph, self.sites, {0: options}, ([b] for b in batches))[0]
-
-
-def option(scale: float, observer: str) -> QParams:
-    return QParams(scale, 0, -128, 127, "int8", observer)
-
-
-def test_the_race_is_judged_by_what_the_reading_layer_makes_of_the_tensor() -> None:
-    # Column 0 holds an outlier that its weight 0 ignores: clipping it costs nothing there.
-    racing = Racing(torch.tensor([[0.0, 1.0, 1.0]]))
-    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = 1000.0
-    wide, narrow = option(1000 / 127, "minmax"), option(4 / 127, "percentile")
-    assert racing.winner([wide, narrow], x) is narrow
-    heard = Racing(torch.tensor([[1.0, 1.0, 1.0]]))
-    assert heard.winner([wide, narrow], x) is wide
-
-
-def test_the_race_keeps_minmax_unless_another_wins_by_the_margin() -> None:
-    racing = Racing(torch.eye(1))
-    x = torch.rand(4096, 1, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    first = option(1.00 / 127, "minmax")
-    slightly, clearly = option(0.98 / 127, "mse"), option(0.5 / 127, "mse")
-
-    def error(q: QParams, x: Tensor) -> float:
-        return float((fake_quantize(x, q) - x).double().square().sum())
-
-    fine = x * 0.4
-    assert ranges.MARGIN < error(slightly, fine) / error(first, fine) < 1  # 4 % less error is not 10 %
-    assert racing.winner([first, slightly], fine) is first
-    assert racing.winner([first, clearly], fine) is clearly
-
-
-def test_the_margin_is_exact() -> None:
-    assert ranges._winner(np.array([1.0, ranges.MARGIN])) == 0
-    assert ranges._winner(np.array([1.0, ranges.MARGIN * 0.999])) == 1
-    assert ranges._winner(np.array([0.0, 0.0])) == 0
-
-
-def test_a_race_over_several_batches_adds_their_errors() -> None:
-    racing = Racing(torch.eye(1))
-    wide, narrow = option(100 / 127, "minmax"), option(1 / 127, "mse")
-    small = torch.rand(32, 1, generator=torch.Generator().manual_seed(2))
-    assert racing.winner([wide, narrow], small) is narrow
-    assert racing.winner([wide, narrow], small, torch.full((32, 1), 100.0)) is wide
 
 
 def test_no_batches_is_an_error_that_says_so() -> None:
@@ -184,15 +126,3 @@ def test_the_histogram_of_a_fused_layer_is_taken_after_its_activation() -> None:
     graph = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images())
     found = fill_histograms(graph, place(graph, ISLANDS), [[images()]])
     assert found[str(only(graph, "relu").name)].low == 0.0
-
-
-def test_a_tensor_no_weighted_layer_reads_is_judged_by_its_own_error() -> None:
-    def forward(m: Made, x: Tensor) -> Tensor:
-        return x * 1.0
-
-    graph = capture(Made(forward), torch.randn(4, 3))
-    name = str(only(graph, "input").name)
-    sites = Sites(group_of={name: 0}, readers={name: None})
-    x = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
-    wide, narrow = option(10 / 127, "minmax"), option(1 / 127, "mse")
-    assert race(graph, sites, {0: [wide, narrow]}, [[x]])[0] is narrow

@@ -1,5 +1,6 @@
 """Every observer keeps zero in range; each does what its name says."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,11 +9,7 @@ from torch import Tensor
 
 from calibrate import observers
 from calibrate.errors import CalibrationError
-from calibrate.histogram import Histogram
-from calibrate.plan import Plan
-from calibrate.ranges import fake_quantize, qparams
-
-PLAN = Plan(())
+from calibrate.histogram import AVERAGING, Floats, Histogram
 
 
 def propose(name: str, values: Tensor) -> tuple[list[tuple[float, float]], "Error"]:
@@ -23,15 +20,16 @@ def propose(name: str, values: Tensor) -> tuple[list[tuple[float, float]], "Erro
 
 
 class Error:
-    """Squared quantization error of a range over a histogram, as the calibration computes it."""
+    """Mean squared quantization error of ranges over a histogram, as the calibration computes it."""
 
     def __init__(self, histogram: Histogram) -> None:
-        used = histogram.counts > 0
-        self.values, self.counts = histogram.centers[used], histogram.counts[used]
+        self.histogram = histogram
 
-    def __call__(self, low: float, high: float) -> float:
-        away = fake_quantize(self.values, qparams(low, high, PLAN)) - self.values
-        return float((away.square() * self.counts).sum())
+    def __call__(self, lows: Floats, highs: Floats) -> Floats:
+        return self.histogram.error(lows, highs, 256)
+
+    def one(self, low: float, high: float) -> float:
+        return float(self(np.array([low]), np.array([high]))[0])
 
 
 def planted(outlier: float) -> Tensor:
@@ -92,7 +90,7 @@ def test_mse_is_never_worse_than_minmax_over_the_histogram(seed: int, power: int
     values = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) ** power
     ((low, high),), error = propose("mse", values)
     ((whole_low, whole_high),), _ = propose("minmax", values)
-    assert error(low, high) <= error(whole_low, whole_high)
+    assert error.one(low, high) <= error.one(whole_low, whole_high)
 
 
 def test_mse_clips_a_lone_outlier_and_only_at_its_end() -> None:
@@ -103,5 +101,46 @@ def test_mse_clips_a_lone_outlier_and_only_at_its_end() -> None:
 
 
 def test_an_unknown_observer_is_an_error_that_names_those_there_are() -> None:
-    with pytest.raises(CalibrationError, match=r"no observer 'entropy'; there are minmax, mse, percentile"):
+    with pytest.raises(CalibrationError, match=r"no observer 'entropy'; there are kl, minmax, moving_average, mse"):
         observers.find("entropy")
+
+
+def test_the_moving_average_hardly_moves_for_one_far_batch() -> None:
+    histogram = Histogram()
+    calm = torch.linspace(-1, 1, 100)
+    for batch in (calm, calm, 100 * calm, calm):
+        histogram.add(batch)
+    ((low, high),) = observers.find("moving_average")(histogram, Error(histogram))
+    expected = 1 + AVERAGING * 99 * (1 - AVERAGING)  # the far batch, and one calm one after it
+    assert (-low, high) == (pytest.approx(expected, rel=1e-5), pytest.approx(expected, rel=1e-5))
+    assert observers.find("minmax")(histogram, Error(histogram)) == [(-100.0, 100.0)]  # the control
+
+
+@pytest.mark.parametrize("sides", ["positive", "negative", "both"])
+def test_kl_clips_the_sparse_tail_of_a_one_sided_and_of_a_two_sided_tensor(sides: str) -> None:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    values[:2] = torch.tensor([40.0, -40.0])
+    values = {"positive": values.abs(), "negative": -values.abs(), "both": values}[sides]
+    ((low, high),), _ = propose("kl", values)
+    assert max(-low, high) < 10  # a quarter of the range, all but two values
+    assert max(-low, high) > 2
+    assert (low < 0) == (sides != "positive")
+    assert (high > 0) == (sides != "negative")
+
+
+def test_kl_keeps_the_whole_range_of_an_even_distribution() -> None:
+    ((low, high),), _ = propose("kl", torch.linspace(-3, 3, 4001))
+    assert (low, high) == pytest.approx((-3, 3), rel=0.1)
+
+
+@pytest.mark.parametrize("name", observers.names())
+def test_a_tensor_of_zeros_gets_the_empty_range_from_every_observer(name: str) -> None:
+    found, _ = propose(name, torch.zeros(50))
+    assert set(found) == {(0.0, 0.0)}
+
+
+def test_the_sweep_holds_the_whole_range_and_each_end_alone() -> None:
+    found, _ = propose("sweep", torch.tensor([-2.0, 1.0]))
+    assert found[0] == (-2.0, 1.0)
+    assert {(-1.0, 1.0), (-2.0, 0.5), (-1.0, 0.5)} <= set(found)
+    assert {low for low, _ in propose("sweep", torch.tensor([0.0, 1.0]))[0]} == {0.0}
