@@ -82,7 +82,7 @@ def convert(
     from convert.capture import parse_input
     from convert.errors import TightfitError
     from convert.gates import Budget
-    from convert.pipeline import Options
+    from convert.options import Options
     from convert.pipeline import convert as run
 
     names = _split(device)

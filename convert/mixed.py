@@ -187,7 +187,7 @@ class Loss:
     """What a graph loses against float on the judging samples: mean KL of class scores, or relative squared error."""
 
     def __init__(self, builder: Builder) -> None:
-        self.judge = builder._judge
+        self.judge = builder.judge
         first = self.judge.expected[0]
         named = {str(i): v.numpy() for i, v in enumerate(first)}
         self.by_kl = classifies(named, None)

@@ -1,15 +1,17 @@
 """Recipes, and what auto makes of a profile."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from calibrate.plan import WeightFormat
 from convert import recipes
 from convert.errors import TightfitError
 from convert.planning import AUTO_FLOOR_DB, decide, family
-from device_profiles import load
+from device_profiles import load, names
 
 
 def graph_of(model: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
@@ -94,3 +96,65 @@ def test_a_users_own_recipe_file_works(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('steps = ["fold_batchnorm", "quantize_weights"]\n', encoding="utf-8")
     assert recipes.load(str(path)).steps == ("fold_batchnorm", "quantize_weights")
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_has_a_plan_or_a_way_out_on_every_device(name: str, cnn: torch.fx.GraphModule) -> None:
+    refusals: list[str] = []
+    for device in names():
+        profile = load(device)
+        for target in ("onnx", "tflite", "coreml"):
+            try:
+                assert recipes.QUANTIZE not in decide(cnn, profile, target, name).plan.steps
+            except TightfitError as error:
+                refusals.append(str(error))
+    assert all("se --recipe" in r or "--target" in r for r in refusals)
+
+
+def test_four_bits_are_for_weights_and_the_ends_keep_eight(cnn: torch.fx.GraphModule) -> None:
+    plan = decide(cnn, load("raspberry-pi-4b"), "tflite", "w4a8").plan
+    assert plan.weight == WeightFormat(4)
+    assert set(plan.formats.values()) == {WeightFormat(8)}
+    assert "quantize_static" in plan.steps
+    assert "quantize_weights" in decide(cnn, load("iphone-a15"), "coreml", "w4a8").plan.steps
+
+
+def test_sixteen_bits_are_for_activations(cnn: torch.fx.GraphModule) -> None:
+    plan = decide(cnn, load("raspberry-pi-4b"), "tflite", "w8a16").plan
+    assert (plan.activation, plan.symmetric, plan.weight.bits) == ("int16", True, 8)
+    with pytest.raises(TightfitError, match=r"16-bit activations\. Use --target tflite"):
+        decide(cnn, load("raspberry-pi-4b"), "onnx", "w8a16")
+
+
+def test_eight_bit_floats_and_palettes_are_refused_where_nothing_runs_them(cnn: torch.fx.GraphModule) -> None:
+    with pytest.raises(TightfitError, match="no arithmetic for 8-bit floats"):
+        decide(cnn, load("jetson-orin-nano"), "onnx", "fp8")
+    with pytest.raises(TightfitError, match="a Core ML format"):
+        decide(cnn, load("raspberry-pi-4b"), "tflite", "palette4")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("weight = { bits = 5 }", "weight.bits = 5; it takes 2 or 4 or 8"),
+        ("weight = { bits = 4, group = 48 }", "weight.group = 48; it takes a power of two from 16"),
+        ("weight = { bit = 4 }", "takes bits, group, kind, power_of_two"),
+        ("activation_bits = 12", "activation_bits = 12; it takes 8 or 16"),
+        ("ends_bits = 3", "ends_bits = 3; it takes 8 or 4"),
+        ('search = "best"', "search = 'best'; it takes 'mixed'"),
+        ("[parameters.gptq]\nblok = 3", "the step gptq has no parameter 'blok'"),
+        ("[parameters.smooth]\nalpha = 3", "sets parameters of 'smooth', which is not among its steps"),
+    ],
+)
+def test_a_recipe_that_says_something_else_is_refused_in_words(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'steps = ["quantize_weights", "gptq"]\n{text}\n')
+    with pytest.raises(TightfitError, match=re.escape(complaint)):
+        recipes.load(str(path))
+
+
+def test_what_a_recipe_sets_reaches_the_step(tmp_path: Path, cnn: torch.fx.GraphModule) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('steps = ["quantize_weights", "gptq"]\nweight = { bits = 4 }\n[parameters.gptq]\ndamping = 0.5\n')
+    plan = decide(cnn, load("raspberry-pi-4b"), "onnx", str(path)).plan
+    assert plan.parameters == {"gptq": {"damping": 0.5}}
