@@ -29,9 +29,9 @@ class Histogram:
     """Counts of a stream of values over [-limit, limit], `limit` a power of two that doubles when values outgrow it.
 
     Doubling merges pairs of bins, so no count is lost. Beside it: the exact minimum and maximum over every value, their
-    moving averages over batches, and how many values have which exponent, as one far value makes the bins too wide to
-    show the size of all others. Of a large tensor evenly spaced values are binned, `BINNED` of each batch; `seen` counts
-    all of them, `batches` the calls of `add`.
+    moving averages over batches, and how many values have which exponent, as one far value makes the bins too wide
+    to show the size of all others. Of a large tensor evenly spaced values are binned, `BINNED` of each batch; `seen`
+    counts all of them, `batches` the calls of `add`.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """The race between candidate ranges: the one that moves the model's outputs least wins, tensor by tensor.
 
-What a range does to the outputs is told to first order from gradients, one backward pass for all tensors and candidates,
-on a few samples. With g the gradient at a tensor of a random projection of the outputs (projections of unit variance, so
-that the expected square is the squared error of all outputs; compare the Hessian-guided metric of PTQ4ViT, arXiv
+What a range does to the outputs is told to first order from gradients, one backward pass for all tensors and
+candidates, on a few samples. With g the gradient at a tensor of a random projection of the outputs (of unit variance,
+so that the expected square is the squared error of all outputs; compare the Hessian-guided metric of PTQ4ViT, arXiv
 2111.12293, section 3.3):
 
 - values inside the range move by independent roundings: mean(g²) * step² / 12 for each that is not zero;
@@ -82,7 +82,8 @@ class _Member:
         gains, gain = np.empty(len(ends)), noise
         for i in range(len(ends)):
             if events[i] >= EVENTS:
-                gain = answer[i] / energy[i]
+                # A few samples understate it: values that are heard at all count like those inside, or more.
+                gain = max(answer[i] / energy[i], noise) if answer[i] > 0 else 0.0
             gains[i] = gain
         distance, share = histogram.beyond(ends, sign)
         return gains * distance, share
@@ -95,7 +96,7 @@ def _by_sample(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _clipped(x: Tensor, gradient: Tensor, ends: Floats, sign: int, some: Tensor) -> Floats:
-    """For each end: squared distance of what lies beyond it, squared answer of the outputs, how many values lie there."""
+    """For each end: squared distance of what lies beyond it, squared answer of the outputs, how many lie there."""
     narrowest = float(ends[0])
     share = float(torch.count_nonzero(some > narrowest if sign > 0 else some < narrowest)) / max(len(some), 1)
     # Where many lie there, a few samples tell as much.

@@ -1,4 +1,4 @@
-"""The range whose 128 levels keep most of the histogram's shape: least relative entropy (TensorRT's entropy calibration)."""
+"""The range whose 128 levels keep the histogram's shape best: least relative entropy, as TensorRT calibrates."""
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def _best(counts: Floats) -> int:
 
 
 def _divergence(counts: Floats, kept: int) -> float:
-    """Relative entropy of the clipped distribution and the same in `LEVELS` levels, in nats; inf when nothing is kept."""
+    """Relative entropy of the clipped distribution and the same in `LEVELS` levels, nats; inf when nothing is kept."""
     inside = counts[:kept]
     wanted = inside.copy()
     wanted[-1] += counts[kept:].sum()
