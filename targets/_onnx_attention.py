@@ -84,9 +84,11 @@ def attention(
     if is_causal:
         attributes["unidirectional"] = 1
     y = _kernel(*rows, *(() if bias is None else (None, None, bias)), **attributes)
+    y.shape, y.dtype = ir.Shape([batch, tokens, heads * values[3]]), ir.DataType.FLOAT  # no schema infers them
+    rows_of_mask = 1 if attn_mask is None else int(attn_mask.shape[-2])
     shared = attn_mask is not None and (len(attn_mask.shape) < 3 or attn_mask.shape[-3] == 1)
     if live is not None and shared:  # beside the rows, where the transposes around them still cancel
-        y = op.Mul(y, op.Reshape(live, _ints([-1, tokens, 1])))
+        y = op.Mul(y, op.Reshape(live, _ints([-1, rows_of_mask, 1])))
     y = op.Transpose(op.Reshape(y, _ints([batch, tokens, heads, values[3]])), perm=HEADS)
     return y if live is None or shared else op.Mul(y, live)
 

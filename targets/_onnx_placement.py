@@ -77,7 +77,7 @@ def stored(path: Path) -> dict[str, int]:
 
 
 def floats_by_format(graph: torch.fx.GraphModule) -> dict[str, str]:
-    """{layer: why its format has no integer kernel, so that it runs in float on the numbers that the codes stand for}."""
+    """{layer: why its format has no integer kernel, so that it runs in float on what the codes stand for}."""
     reasons = {}
     for node in graph.graph.nodes:
         operands = list(_operands(node)) if node.op == "call_function" else []

@@ -73,8 +73,9 @@ def _spec(value: onnxruntime.NodeArg) -> InputSpec:
 
 def session_options() -> onnxruntime.SessionOptions:
     """What placement and running share. int8 activations stay int8 on x86 too, as they do on Arm: the rewriting to
-    uint8 that ONNX Runtime does there leaves residual blocks unfused (a code tensor with two readers). Weights of 4 bits in groups, as a file for
-    TensorRT has them, are multiplied in float32: left alone, ONNX Runtime quantizes the activation beside them."""
+    uint8 that ONNX Runtime does there leaves residual blocks unfused (a code tensor with two readers). Weights of 4
+    bits in groups, as a file for TensorRT has them, are multiplied in float32: left alone, ONNX Runtime quantizes the
+    activation beside them."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdqisint8allowed", "1")

@@ -1,8 +1,8 @@
 """What TensorRT asks of a model with Q/DQ, checked on the file; nothing here was run on TensorRT hardware.
 
-Rules: NVIDIA TensorRT, "Working with Quantized Types" (explicit quantization): symmetric codes (int8, 8-bit floats E4M3,
-int4 weights), zero points zero, scales positive constants, per-channel scales on weights only, biases in float, all
-inputs of a weighted operator quantized. The numbers of the file are checked in ONNX Runtime.
+Rules: NVIDIA TensorRT, "Working with Quantized Types" (explicit quantization): symmetric codes (int8, 8-bit floats
+E4M3, int4 weights), zero points zero, scales positive constants, per-channel scales on weights only, biases in float,
+all inputs of a weighted operator quantized. The numbers of the file are checked in ONNX Runtime.
 """
 
 from collections import Counter

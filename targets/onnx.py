@@ -1,6 +1,6 @@
 """ONNX, run by ONNX Runtime on the CPU or built into an engine by TensorRT on the device.
 
-What ONNX Runtime 1.31 fuses into integer kernels (read back from its optimised models, x86-64):
+What ONNX Runtime 1.31 and 1.32 fuse into integer kernels (read back from its optimised models, x86-64):
 
 - Conv and linear: the input dequantized per tensor, the weight per output channel, the bias int32 codes of step
   input scale x weight scale. Conv needs its output quantized again; a linear (QGemm) may write floats.
@@ -16,7 +16,11 @@ What ONNX Runtime 1.31 fuses into integer kernels (read back from its optimised 
 The kernels' arithmetic, float32: conv and linear, code = round(acc * ((s_x * s_w) / s_y)) + z_y with acc the exact
 integer sum, bias codes included; add, code = round(a * r_a + (b * r_b + c)) with r = s_in / s_y and
 c = z_y - (r_a z_a + r_b z_b); quantize, round(x / s) + z; ties to even, then saturated. Dynamic linears equal
-`tightfit.dynamic_linear` bit for bit.
+`tightfit.dynamic_linear` bit for bit; without VNNI x86 sums pairs of uint8 x int8 products in 16 bits, which weights
+of 7 bits and fewer can't overflow.
+
+Weights of 4 and 2 bits raise the file's opset to 21 and 25, 16-bit activations to 21, 8-bit floats to 19, whatever the
+profile says: no older opset has the types. See `_onnx_bits`.
 """
 
 from pathlib import Path

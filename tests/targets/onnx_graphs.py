@@ -126,12 +126,14 @@ class _Quantizer:
     def _weight(self, node: Node) -> None:
         weight_node, bias_node = weight_nodes(node)
         weight = constant(self.graph, weight_node)
-        scales = (weight.flatten(1).abs().amax(1) / 127).clamp(min=1e-8)
-        codes = torch.round(weight / scales.view(-1, *[1] * (weight.ndim - 1))).clamp(-127, 127).to(torch.int8)
+        # Products with uint8 are summed in 16 bits on x86 without VNNI: 7 bits can't saturate there.
+        top = 63 if self.recipe.activation is torch.uint8 else 127
+        scales = (weight.flatten(1).abs().amax(1) / top).clamp(min=1e-8)
+        codes = torch.round(weight / scales.view(-1, *[1] * (weight.ndim - 1))).clamp(-top, top).to(torch.int8)
         names = {"codes": codes, "scales": scales, "zeros": torch.zeros(len(scales), dtype=torch.int64)}
         made = [add_constant(self.graph, f"{node.name}_{k}", v, node) for k, v in names.items()]
         with self.graph.graph.inserting_before(node):
-            weights = self.graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*made, 0, -127, 127, torch.int8))
+            weights = self.graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*made, 0, -top, top, torch.int8))
         bias = bias_node
         if bias_node is not None and self.recipe.int32_bias and node.args[0] in self.parameters:
             step = torch.tensor(self.parameters[node.args[0]][0]) * scales
