@@ -8,7 +8,15 @@ import numpy as np
 from ..errors import TargetError
 from ._blocks import Block, Weight, faults_of
 
-_LAYERS = {"Conv": 0, "ConvTranspose": 1, "ConvInteger": 0, "Gemm": 0, "MatMul": -1, "MatMulInteger": -1}
+_LAYERS = {
+    "Conv": 0,
+    "ConvTranspose": 1,
+    "ConvInteger": 0,
+    "Gemm": 0,
+    "MatMul": -1,
+    "MatMulInteger": -1,
+    "MatMulNBits": 0,
+}
 _INTEGER = ("ConvInteger", "MatMulInteger")
 # What may stand between a stored weight and the layer that reads it.
 _UNPACKING = ("DequantizeLinear", "Cast", "Mul", "Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
@@ -54,6 +62,8 @@ class _Graph:
         if values is None or len(values.shape) < 2:
             return None
         factors = [t for t in stored if t is not tensor] or (self._factors(node) if node.op_type in _INTEGER else [])
+        if node.op_type == "MatMulNBits":
+            factors = self._stored(node.input[2])
         blocks = [block for block in map(self._block, factors) if block is not None and block.is_float]
         return Weight(tensor.name, values, _LAYERS[node.op_type], blocks[0] if blocks else None)
 
@@ -82,14 +92,21 @@ class _Graph:
         return [self.constants[name] for name in operands if name in self.constants]
 
     def _block(self, tensor: Any) -> Block | None:
-        """Where a constant's bytes lie: within its own message, whose name makes it unique."""
-        from onnx import helper
+        """Where a constant's bytes lie: within its own message, whose name makes it unique.
+
+        Codes of 4 and 2 bits are seen as the bytes that hold two and four neighbours along the last axis.
+        """
+        from onnx import TensorProto, helper
 
         raw = tensor.raw_data
         message = self.content.find(tensor.SerializeToString(deterministic=True))
         if not raw or message < 0:
             return None
         offset = self.content.index(raw, message)
+        in_a_byte = {TensorProto.INT4: 2, TensorProto.INT2: 4}.get(tensor.data_type)
+        if in_a_byte is not None:
+            *outer, last = tensor.dims
+            return None if last % in_a_byte else Block(self.path, offset, "uint8", (*outer, last // in_a_byte))
         return Block(self.path, offset, helper.tensor_dtype_to_np_dtype(tensor.data_type).name, tuple(tensor.dims))
 
 
