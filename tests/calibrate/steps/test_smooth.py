@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from calibrate import steps
 from calibrate.errors import CalibrationError
 from calibrate.graph import clone, run
+from calibrate.layer_trial import Activations, Seen, output_error
 from calibrate.plan import Entry, Plan, WeightFormat
 from calibrate.smoothing import refined, scales
 
@@ -38,7 +39,7 @@ def quantized(graph: GraphModule, plan: Plan) -> GraphModule:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_smoothing_keeps_the_float_function_of_every_layout(layout: str, before: bool) -> None:
     graph = LAYOUTS[layout](before)
-    result, ledger = smoothed(graph, explicit="all", least_gain=-9.0)  # every group is scaled, gain or not
+    result, ledger = smoothed(graph, explicit="all", alphas=[0.5], refine=False, least_gain=-9.0)  # scaled, gain or not
     assert all(e.action.startswith("smoothed") for e in ledger)
     assert len(ledger) >= 6
     assert difference(graph, result) <= TOLERANCE
@@ -66,13 +67,13 @@ def test_after_a_post_norm_one_multiplication_serves_all_readers() -> None:
     assert [e.layer for e in ledger if "multiplication" in e.action] == ["layer_norm", "layer_norm_1", "layer_norm_2"]
     assert len(nodes_of(result, "mul")) == 3  # query, key and value of the second block share one
     assert "add" in next(e.reason for e in ledger if "multiplication" in e.action)
-    refused, _ = smoothed(graph, explicit="never")
+    refused, _ = smoothed(graph, explicit="never", refine=False)
     assert not nodes_of(refused, "mul")
 
 
 def test_what_gains_nothing_is_left_alone_bit_by_bit() -> None:
     graph = encoder("fused", True)
-    result, ledger = smoothed(graph, least_gain=1.0)
+    result, ledger = smoothed(graph, least_gain=1.0, refine=False)
     assert {e.action for e in ledger} == {"left alone"}
     assert all("no alpha lowers" in e.reason for e in ledger)
     assert torch.equal(run(graph, [tokens()])[0], run(result, [tokens()])[0])
@@ -101,3 +102,21 @@ def test_scales_follow_the_formula_up_to_a_common_factor(alpha: float, seed: int
     ratio = s[alive] / (reach[alive] ** alpha / load[alive] ** (1 - alpha))
     assert float(ratio.max() / ratio.min()) < 1 + 1e-4  # float32
     assert abs(float(s[alive].log().mean())) < 1e-4
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16), how=st.sampled_from(["tensor_uint8", "row_int8", "static", "float"]))
+def test_refining_lowers_the_noise_that_a_layer_will_have(seed: int, how: Activations) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    seen = Seen()
+    spread = torch.logspace(-1, 1, 24)
+    seen.add(torch.randn(200, 24, generator=generator) * spread)
+    weight = torch.randn(16, 24, generator=generator)
+    node = torch.fx.Graph().placeholder("layer")
+
+    def error(scale: torch.Tensor) -> float:
+        return output_error(DYNAMIC, how, seen.mapped(1 / scale), [node], [weight * scale])
+
+    plain = scales(seen.reach, weight.abs().amax(0), 0.25)
+    better = refined(plain, [(seen, weight, torch.arange(24), 8)], DYNAMIC, how)
+    assert error(better) < error(plain)
