@@ -49,7 +49,7 @@ class Case:
     mib: float | None = None
     peers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
-    device: str = "generic-x86"
+    device: str = "x86"  # generic-x86, or generic-x86-vnni where this machine has the instructions
 
 
 ORT = ("onnxruntime static U8S8", "onnxruntime static S8S8", "onnxruntime dynamic per channel")
@@ -226,14 +226,21 @@ def run(case: Case, folder: Path, options: argparse.Namespace) -> Outcome:
 def _tightfit(case: Case, calibration: Path, evaluation: Path, out: Path) -> tuple[dict, Path] | str:
     """Run `tightfit convert`; its result and the float twin, or what it complained of."""
     command = [str(Path(sys.executable).with_name("tightfit")), "convert", f"models:{case.model}", "--json", "--force"]
-    command += ["--device", case.device, "--target", case.target, "--recipe", case.recipe, *case.options]
+    command += ["--device", device(case), "--target", case.target, "--recipe", case.recipe, *case.options]
     command += ["--calibration", str(calibration), "--evaluation", str(evaluation), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode not in (0, 1) or not done.stdout:
         return " ".join(done.stderr.split())[-300:] or f"exit code {done.returncode}"
     (result,) = json.loads(done.stdout)["results"]
-    twin = next((out / case.device / "float").iterdir())
+    twin = next((out / device(case) / "float").iterdir())
     return result, twin
+
+
+def device(case: Case) -> str:
+    """The profile that fits this machine: without VNNI weights of 8 bits would saturate in silence."""
+    flags = Path("/proc/cpuinfo")
+    vnni = flags.exists() and "vnni" in flags.read_text()
+    return ("generic-x86-vnni" if vnni else "generic-x86") if case.device == "x86" else case.device
 
 
 def _environment() -> dict[str, str]:
@@ -358,6 +365,7 @@ def page(outcomes: list[Outcome], options: argparse.Namespace) -> str:
     """The table as a Markdown page, with where and how it was made."""
     where = f"{datetime.date.today().isoformat()}, {cpu_name()}, {system()}; "
     where += ", ".join(f"{name} {version}" for name, version in versions().items())
+    where += f". Device profile: {device(CASES[0])}"
     head = "| case | how | drift or agreement | CPU time / float | MiB | s | goal |\n|---|---|---|---:|---:|---:|---|"
     rows = "\n".join(line for o in outcomes for line in _lines(o))
     text = (
