@@ -26,7 +26,8 @@ class LayerProblem:
 
     weight: the float weight, float64 [g, o, k]. x: what the quantized layer reads, float32 [g, n, k]. y: the float
     layer's output at the same positions, less the quantized layer's bias, float32 [g, n, o]. held: rows of samples kept
-    aside, bool [n]. shape: the weight's own.
+    aside, bool [n]. shape: the weight's own. offset: the float layer's bias less the quantized layer's, float64 [g, o];
+    None where neither has one, or it is computed.
     """
 
     layer: CodedLayer
@@ -35,6 +36,7 @@ class LayerProblem:
     x: Tensor
     y: Tensor
     held: Tensor
+    offset: Tensor | None
 
     @property
     def fitted(self) -> Tensor:
@@ -111,7 +113,18 @@ def problem(graph: GraphModule, float_graph: GraphModule, found: Visit, seed: in
         x.reshape(len(x), groups, width).transpose(0, 1).contiguous(),
         y.reshape(len(y), groups, out // groups).transpose(0, 1).contiguous(),
         held,
+        _offset(graph, float_graph, found),
     )
+
+
+def _offset(graph: GraphModule, float_graph: GraphModule, found: Visit) -> Tensor | None:
+    layer, wanted = found.layer, weight_nodes(found.partner)[1]
+    if not own_bias(layer) or (wanted is None and layer.bias is None):
+        return None
+    out = len(constant(graph, layer.codes))
+    there = constant(float_graph, wanted).double() if wanted is not None else torch.zeros(out).double()
+    here = constant(graph, layer.bias).double() if layer.bias is not None else torch.zeros(out).double()
+    return (there - here).reshape(layer.groups, -1)
 
 
 def chosen(places: Sequence[int], limit: int, seed: int) -> list[Tensor]:

@@ -68,8 +68,11 @@ class Gptq:
 
 def _round(graph: GraphModule, made: LayerProblem, plan: Plan, options: Mapping[str, Any]) -> Entry:
     """Choose the codes of one layer; keep them where they are better on the samples kept aside."""
-    x, weight, bias = made.x[:, made.fitted], made.weight, None
+    x, weight = made.x[:, made.fitted], made.weight
     goal = made.x @ made.weight.float().transpose(1, 2)
+    bias = made.offset  # what a step before did to the bias was for other weights
+    if bias is not None:
+        goal = goal + bias[:, None].float()
     if options["target"] == "float":
         if not own_bias(made.layer):
             return Entry(NAME, made.layer.name, "left alone", "its bias is computed, not constant")

@@ -24,14 +24,14 @@ class Ridge:
     """ERQ (ICML 2024), section 3.2: dW = (X^T X + lambda I)^-1 X^T (Y - X W), X quantized, Y of the float layer.
 
     Layer after layer, in closed form; then W + dW is rounded to nearest and the bias takes the mean error that is left.
-    `damping`: lambda as a share of X^T X's mean diagonal. `flips`: passes over the codes in which each may move one
-    step from nearest where that costs less. `scales`: "keep" them, or "refit" to W + dW. A layer whose output error on
-    samples kept aside does not fall keeps its codes and its bias.
+    `damping`: lambda as a share of X^T X's mean diagonal; large, as in ERQ: small changes survive rounding best.
+    `flips`: passes over the codes in which each may move one step from nearest where that costs less. `scales`: "keep"
+    them, or "refit" to W + dW. A layer whose output error on samples kept aside does not fall keeps its codes and bias.
     """
 
     exact = False
     refines = True
-    defaults: ClassVar[dict[str, object]] = {"damping": 0.01, "flips": 0, "scales": "refit"}
+    defaults: ClassVar[dict[str, object]] = {"damping": 1.0, "flips": 0, "scales": "refit"}
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         float_graph, options = context.float_graph, {**self.defaults, **context.parameters}
