@@ -134,10 +134,15 @@ def _bias(mask: Any, tokens: int, keys: int) -> tuple[TensorType, TensorType]:
 
 
 def moves_that_undo_each_other_are_gone(model: ir.Model) -> None:
-    """Drop pairs of transposes and chains of reshapes, and take q, k, v out of a packed linear as plain slices."""
+    """Drop pairs of transposes, chains of reshapes and masks that mask nothing; take q, k, v out of a packed linear as
+    plain slices."""
     for rewrite in (_unpacked, _undone_transpose, _short_reshape):
         for node in list(model.graph):
             rewrite(model.graph, node)
+    for node in model.graph:
+        bias = constant(node.inputs[5]) if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5 else None
+        if bias is not None and not np.any(bias):
+            node.resize_inputs(3)  # a mask that masks nothing
     multiplied_by_one = [n for n in model.graph if n.op_type == "Mul" and _is_ones(n.inputs[1])]
     for node in multiplied_by_one:
         x = source(node, 0)

@@ -90,6 +90,21 @@ def test_masks_give_torchs_numbers_and_zeros_where_all_is_masked(kind: str, tmp_
         assert np.abs(output[0, :, 3]).max() > 0
 
 
+def test_a_mask_that_masks_nothing_leaves_no_trace(tmp_path: Path) -> None:
+    class Open(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool)
+            return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    path = tmp_path / "m.onnx"
+    output, expected = run(Open(), {"q": heads(0), "k": heads(1), "v": heads(2)}, path)
+    np.testing.assert_allclose(output, expected, atol=TOLERANCE, rtol=0)
+    found = operators(path)
+    assert found.keys() <= {"Transpose", "Reshape", "MultiHeadAttention"}
+    kernel = next(n for n in onnx.load(path).graph.node if n.op_type == "MultiHeadAttention")
+    assert len(kernel.input) == 3
+
+
 def test_a_causal_mask_hides_later_tokens(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     output, expected = run(Masked(causal=True), {"q": heads(0), "k": heads(1), "v": heads(2)}, path)
