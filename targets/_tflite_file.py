@@ -89,6 +89,10 @@ class TFLiteFile:
         name = self._operators[max(code.builtinCode, code.deprecatedBuiltinCode)]
         return code.customCode.decode() if name == "CUSTOM" else name
 
+    def version(self, op: Any) -> int:
+        """The version of an operator."""
+        return int(self.model.operatorCodes[op.opcodeIndex].version)
+
     def dtype(self, tensor: int) -> str:
         """A tensor's type in the format's words: "INT8", "FLOAT32", ..."""
         return self._types[self.graph.tensors[tensor].type]
@@ -107,6 +111,12 @@ class TFLiteFile:
         if quantization is None or quantization.scale is None or len(quantization.scale) == 0:
             return None
         return np.asarray(quantization.scale, dtype=np.float32)
+
+    def block_scales(self, tensor: int) -> int | None:
+        """The tensor with the scales of a blockwise quantized one; None for any other."""
+        quantization = self.graph.tensors[tensor].quantization
+        blocks = None if quantization is None else quantization.details
+        return int(blocks.scales) if isinstance(blocks, self._schema.BlockwiseQuantizationT) else None
 
     def constant(self, tensor: int) -> NDArray[Any] | None:
         """The values of a constant tensor, in the file's layout; None for one that is computed.
@@ -194,7 +204,7 @@ class TFLiteFile:
         """A RESHAPE of `tensor` to the shape that `result` has, not yet in the graph."""
         return self.make_operator("RESHAPE", 1, [tensor, self.integers(self.shape(result))], [result])
 
-    def integers(self, values: Sequence[Any]) -> int:
+    def integers(self, values: Sequence[Any] | NDArray[Any]) -> int:
         """A constant int32 tensor of these numbers (a shape, the start of a slice), one for all that ask for them."""
         numbers = np.asarray(values, dtype=np.int32)
         key = (numbers.shape, numbers.tobytes())

@@ -113,22 +113,25 @@ def _static_layers(graph: GraphModule) -> Iterator[tuple[Node, Node]]:
     """Every layer on static codes with constant weight codes, and the node that dequantizes them."""
     for node in graph.graph.nodes:
         weight = node.args[1] if graphs.kind(node) in graphs.WEIGHTED and len(node.args) > 1 else None
-        if not isinstance(weight, Node) or not is_static(node) or not graphs.is_constant(weight.args[0]):
+        if not isinstance(weight, Node) or not is_static(node):
+            continue
+        if weight.target not in (qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP) or not graphs.is_constant(
+            weight.args[0]
+        ):
             continue
         if weight.target == qdq.DEQUANTIZE_GROUP:
             raise TargetError(
                 f"the layer '{graphs.layer_name(node)}' has static activations and weights with a scale per group, for "
                 "which TFLite has no kernel; give each output channel one scale, or quantize dynamically."
             )
-        if weight.target == qdq.DEQUANTIZE_CHANNEL:
-            yield node, weight
+        yield node, weight
 
 
 def _small_static(graph: GraphModule) -> dict[str, int]:
     found = {}
     for _, weight in _static_layers(graph):
         low, high = weight.args[4:6]
-        bits = qdq.bits_of(low, high)  # type: ignore[arg-type]
+        bits = qdq.bits_of(low, high)
         if bits < 8:
             assert isinstance(weight.args[0], Node)
             found[codes_key(graphs.constant(graph, weight.args[0]).numpy())] = bits

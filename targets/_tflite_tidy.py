@@ -1,9 +1,11 @@
 """Fewer operators for the same numbers: what litert-torch leaves behind that XNNPACK would run, or would not take.
 
-- A pad between two transposes that undo each other pads without them, and a mean behind a transpose averages the axes
-  in front of it: layout changes that quantize/dequantize pairs keep the converter from removing.
+- Pads, adds and means behind transposes happen in front of them, and transposes that undo each other vanish: layout
+  changes that quantize/dequantize pairs keep the converter from removing.
 - A slice that takes every s-th row or column reads a view with s of them folded into the next axis: a plain SLICE,
   which XNNPACK takes; STRIDED_SLICE with strides splits the graph.
+- A FULLY_CONNECTED that flattens its input keeps the leading axes where its readers do not mind: XNNPACK would reshape
+  the input first, and quantize it anew for each of query, key and value.
 - A BATCH_MATMUL of rank 3 between reshapes from and to rank 4 runs in rank 4, and takes a transposed operand as it is.
 
 Values are moved, never computed anew, but for the order of a float mean's sum.
@@ -16,17 +18,12 @@ import numpy as np
 from ._tflite_file import TFLiteFile
 
 _BROADCASTING = ("ADD", "MUL", "SUB")
+_UNARY = ("GELU", "RELU", "LOGISTIC", "TANH", "HARD_SWISH")
 
 
 def tidy(file: TFLiteFile) -> None:
     """Apply each rewriting once, in place; the file's inputs and outputs keep their tensors."""
-    for rewrite in (
-        _plain_slice,
-        _pad_before_transpose,
-        _mean_before_transpose,
-        _product_in_rank_4,
-        _transposed_operand,
-    ):
+    for rewrite in _REWRITINGS:
         edit = _Edit(file)
         for op in list(file.graph.operators):
             rewrite(edit, op)
@@ -110,23 +107,38 @@ def _plain_slice(edit: _Edit, op: Any) -> None:
     op.builtinOptionsType, op.builtinOptions = _no_options(file, "SliceOptions")
 
 
-def _pad_before_transpose(edit: _Edit, op: Any) -> None:
-    """transpose, pad, transpose back -> pad."""
-    file = edit.file
-    front, back = edit.permutation(edit.writer.get(op.inputs[0] if op.inputs else -1)), None
-    if file.operator(op) != "PAD" or front is None:
+def _sunk_transpose(edit: _Edit, op: Any) -> None:
+    """A pad or an add behind transposes happens in front of them; two transposes that undo each other vanish."""
+    file, name = edit.file, edit.file.operator(op)
+    sources = op.inputs[:1] if name in ("PAD", "TRANSPOSE") else list(op.inputs)
+    axes = [edit.permutation(edit.writer.get(t)) for t in sources] or [None]
+    front = axes[0]
+    if name not in ("PAD", "ADD", "TRANSPOSE") or front is None or any(a != front for a in axes):
         return
-    behind = edit.only_reader(file.outputs(op)[0])
-    back = edit.permutation(behind)
-    pads = file.constant(op.inputs[1])
-    if back is None or behind is None or pads is None or tuple(front[b] for b in back) != tuple(range(len(front))):
+    behind, result = [edit.writer[t].inputs[0] for t in sources], file.outputs(op)[0]
+    if name == "TRANSPOSE":
+        back = edit.permutation(op)
+        undone = back is not None and tuple(front[b] for b in back) == tuple(range(len(front)))
+        if undone and result not in edit.results:
+            for reader in edit.readers.get(result, []):
+                reader.inputs = [behind[0] if t == result else t for t in reader.inputs]
         return
-    x = edit.writer[op.inputs[0]].inputs[0]
-    moved = np.empty_like(pads)
-    moved[list(front)] = pads
-    result = file.outputs(behind)[0]
-    op.inputs, op.outputs = [x, file.integers(moved)], [result]
-    behind.outputs = [edit.like(result, file.shape(result))]  # read by nobody: dropped
+    pads = file.constant(op.inputs[1]) if name == "PAD" else None
+    if (name == "PAD" and pads is None) or len({file.shape(t) for t in behind}) > 1:
+        return
+    made = edit.like(result, _moved(file.shape(result), front))
+    inputs = behind if pads is None else [*behind, file.integers([pads[front.index(i)] for i in range(len(front))])]
+    early = file.make_operator(name, file.version(op), inputs, [made], op.builtinOptions)
+    edit.insert(op, early)
+    edit.writer[made] = early
+    order = edit.writer[sources[0]]
+    op.opcodeIndex, op.inputs = order.opcodeIndex, [made, order.inputs[1]]
+    op.builtinOptionsType, op.builtinOptions = order.builtinOptionsType, order.builtinOptions
+
+
+def _moved(shape: tuple[int, ...], front: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a transpose by `front` turns into `shape`."""
+    return tuple(shape[front.index(i)] for i in range(len(front)))
 
 
 def _mean_before_transpose(edit: _Edit, op: Any) -> None:
@@ -174,6 +186,47 @@ def _product_in_rank_4(edit: _Edit, op: Any) -> None:
         reader.inputs = [made if t == result else t for t in reader.inputs]
 
 
+def _kept_axes(edit: _Edit, op: Any) -> None:
+    file = edit.file
+    if file.operator(op) != "FULLY_CONNECTED" or op.builtinOptions.keepNumDims:
+        return
+    result, lead = file.outputs(op)[0], file.shape(op.inputs[0])[:-1]
+    flat = (
+        _flat_tensors(edit, result, lead)
+        if len(lead) > 1 and file.shape(op.inputs[1])[-1:] == _last(file, op)
+        else None
+    )
+    if flat is None:
+        return
+    op.builtinOptions.keepNumDims = True
+    for tensor in flat:
+        file.graph.tensors[tensor].shape = [*lead, file.shape(tensor)[-1]]
+
+
+def _last(file: TFLiteFile, op: Any) -> tuple[int, ...]:
+    return file.shape(op.inputs[0])[-1:]
+
+
+def _flat_tensors(edit: _Edit, tensor: int, lead: tuple[int, ...]) -> set[int] | None:
+    """`tensor` and what else must get the leading axes with it; None where a reader would compute something else."""
+    file, found = edit.file, {tensor}
+    if tensor in edit.results or len(file.shape(tensor)) != 2:
+        return None
+    for reader in edit.readers.get(tensor, []):
+        name, made = file.operator(reader), file.outputs(reader)[0]
+        if name == "RESHAPE":
+            continue
+        others = [t for t in file.inputs(reader) if t != tensor]
+        if name in _BROADCASTING and file.shape(made) == (*lead, file.shape(tensor)[-1]):
+            continue  # the other operand has the leading axes already
+        constant = all(file.constant(t) is not None and len(file.shape(t)) < 2 for t in others)
+        behind = _flat_tensors(edit, made, lead) if name in (*_BROADCASTING, *_UNARY) and constant else None
+        if behind is None:
+            return None
+        found |= behind
+    return found
+
+
 def _transposed_operand(edit: _Edit, op: Any) -> None:
     file = edit.file
     if file.operator(op) != "BATCH_MATMUL" or op.builtinOptions.adjY or file.dtype(op.inputs[1]) != "FLOAT32":
@@ -194,4 +247,11 @@ def _no_options(file: TFLiteFile, name: str) -> tuple[int, Any]:
     return made.builtinOptionsType, made.builtinOptions
 
 
-_REWRITINGS = (_plain_slice, _pad_before_transpose, _mean_before_transpose, _product_in_rank_4, _transposed_operand)
+_REWRITINGS = (
+    _plain_slice,
+    _sunk_transpose,
+    _mean_before_transpose,
+    _kept_axes,
+    _product_in_rank_4,
+    _transposed_operand,
+)

@@ -69,8 +69,7 @@ def widen(file: TFLiteFile, biases: dict[str, NDArray[np.float32]]) -> None:
                 f"the layer '{layer}' computes {name} on 16-bit activations, for which TFLite has no kernel; keep the "
                 "layer float, or use int8 activations."
             )
-        code = file.model.operatorCodes[op.opcodeIndex]
-        op.opcodeIndex = file.code(name, max(code.version, _VERSIONS[name]))
+        op.opcodeIndex = file.code(name, max(file.version(op), _VERSIONS[name]))
         if hasattr(op.builtinOptions, "potScaleInt16"):
             op.builtinOptions.potScaleInt16 = False
         if len(op.inputs) > 2 and op.inputs[2] >= 0 and file.dtype(op.inputs[2]) == "INT32":

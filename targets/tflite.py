@@ -29,6 +29,23 @@ without one difference in 8 million values of ResNet-20 (f32: rounded to float32
 
 Dynamic int8: linear and conv (grouped too) are XNNPACK's qd8 and equal "row_int8" to 3e-7 of the largest output;
 depthwise runs on the built-in kernel, whose zero point rounds another way in 1 of 200 samples.
+
+Weights of fewer bits (`_tflite_pack.py` has the table of what LiteRT reads) are packed in the file:
+
+- Linear: 4 and 2 bits, static and dynamic, on XNNPACK, as fast as int8 or faster. Groups: dynamic, 4 bits, float16
+  scales that XNNPACK cuts to bfloat16 (so does the simulation); groups of 2-bit codes take 4 bits each.
+- Convolution, static: XNNPACK has no kernel, and the built-in one takes more than twice the time of int8. Lowered as a
+  matrix product over patches of the input (`_tflite_patches.py`) it takes 1.2 to 1.4 times and gives the same codes.
+  Depthwise, grouped and dilated ones keep 8 bits per code, and `placement` names them.
+- Convolution, dynamic: a matrix product would quantize each patch on its own, which is not what the graph says. The
+  built-in kernel reads 4 and 2 bits, exactly and slowly; `placement` names these layers too.
+- Embedding tables: 8, 4 and 2 bits, groups of 4 and 2, looked up as codes; no float table is made.
+- Before float arithmetic: 8 bits are unpacked when the file is loaded. 4 and 2 bits are dequantized once, and a matrix
+  product with a computed weight (BATCH_MATMUL) is the one that XNNPACK takes: 1.0 to 1.3 times the time of float for
+  linear layers, twice for convolutions.
+
+16-bit activations run on LiteRT's built-in 16x8 kernels (`_tflite_wide.py`), many times slower than int8.
+Palettes and 8-bit floats have no TFLite kernel and are refused.
 """
 
 import importlib.util

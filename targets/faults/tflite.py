@@ -1,14 +1,23 @@
 """Faults in a TFLite file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from .._tflite_file import DTYPES, TFLiteFile, schema
+from .._tflite_pack import BITS
 from ..errors import TargetError
 from ._blocks import Block, Weight, faults_of
 
 # Operators with a weight as their second operand -> the axis of its output channels.
-_LAYERS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0, "CONV_3D": 4}
+_LAYERS = {
+    "CONV_2D": 0,
+    "DEPTHWISE_CONV_2D": 3,
+    "FULLY_CONNECTED": 0,
+    "TRANSPOSE_CONV": 0,
+    "CONV_3D": 4,
+    "BATCH_MATMUL": 0,
+}
 # Fields of the format's tables (vtable offsets are 4 + 2 * field id).
 _BUFFER_DATA = 4
 _QUANTIZATION_SCALE = 8
@@ -35,6 +44,9 @@ class _Graph:
             for op in self.file.graph.operators
             if self.file.operator(op) == "DEQUANTIZE"
         }
+        for op in self.file.graph.operators:  # groups are unpacked as rows, and then joined
+            if self.file.operator(op) == "RESHAPE" and op.inputs[0] in self.unpacked:
+                self.unpacked[self.file.outputs(op)[0]] = self.unpacked[op.inputs[0]]
 
     def weights(self) -> list[Weight]:
         """One for each layer whose second operand is constant."""
@@ -51,13 +63,22 @@ class _Graph:
 
     def _values(self, tensor: int) -> Block | None:
         dtype = DTYPES.get(self.file.dtype(tensor))
-        if dtype is None or self.file.constant(tensor) is None:
+        if self.file.constant(tensor) is None:
             return None
         buffer = self.root.Buffers(self.file.graph.tensors[tensor].buffer)
         offset = _vector(buffer, _BUFFER_DATA)
-        return None if offset is None else Block(self.path, offset, dtype.__name__, self.file.shape(tensor))
+        if offset is None:
+            return None
+        bits, shape = BITS.get(self.file.dtype(tensor), 8), self.file.shape(tensor)
+        if bits < 8:  # bytes of two or four codes, whole bytes to a row
+            return Block(self.path, offset, "uint8", (shape[0], math.prod(shape[1:]) * bits // 8))
+        return None if dtype is None else Block(self.path, offset, dtype.__name__, shape)
 
     def _scale(self, tensor: int) -> Block | None:
+        blocks = self.file.block_scales(tensor)
+        if blocks is not None:
+            place = _vector(self.root.Buffers(self.file.graph.tensors[blocks].buffer), _BUFFER_DATA)
+            return None if place is None else Block(self.path, place, "float16", self.file.shape(blocks))
         scales = self.file.scales(tensor)
         offset = _vector(self.root.Subgraphs(0).Tensors(tensor).Quantization(), _QUANTIZATION_SCALE)
         if scales is None or offset is None:

@@ -22,6 +22,7 @@ from targets import Job
 from targets._tflite_file import TFLiteFile
 from targets._tflite_pack import add_codes, pack, storage, stored_scales
 from targets.errors import TargetError
+from targets.faults.tflite import FAULTS
 from targets.tflite import TARGET
 
 
@@ -156,7 +157,7 @@ def test_rows_of_a_table_are_looked_up_as_codes(bits: int, group: int | None, tm
     path = _lowered(case, tmp_path)
     assert _difference(case, path, ids) < 1e-7  # one product each
     assert TARGET.placement(path, case).fallbacks == ()
-    # A float16 scale for each group; or for each row a float32 scale and an int64 zero point, which the format asks for.
+    # A float16 scale for each group; or for each row a float32 scale and an int64 zero point.
     table = 400 * 64 * bits / 8 + 400 * (2 * 64 / group if group else 12)
     assert path.stat().st_size < table + 4000  # and some structure
     assert not any(file_op == "DEQUANTIZE" for file_op in _operators(path))
@@ -178,6 +179,18 @@ def test_a_changed_code_of_four_bits_changes_the_outputs(tmp_path: Path) -> None
     torn.write_bytes(file.to_bytes())
     assert _difference(case, torn, ROWS) > 0
     assert len(TARGET.placement(torn, case).fallbacks) == 1
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_faults_find_packed_weights_and_change_the_outputs(group: int | None, tmp_path: Path) -> None:
+    case = job(make_dynamic(capture(_mlp(), ROWS), bits=4, group=group), ROWS)
+    path = _lowered(case, tmp_path)
+    before = TARGET.open(path).run(batch(ROWS))["result0"]
+    for name in ("flipped-bit", "permuted-channels", "scaled-weight"):
+        torn = tmp_path / f"{name}.tflite"
+        torn.write_bytes(path.read_bytes())
+        FAULTS[name](torn)
+        assert not np.array_equal(TARGET.open(torn).run(batch(ROWS))["result0"], before), name
 
 
 def test_what_tflite_cannot_read_is_refused_by_layer(tmp_path: Path) -> None:

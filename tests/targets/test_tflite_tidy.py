@@ -77,7 +77,7 @@ def test_an_odd_size_keeps_its_strided_slice_and_its_numbers(tmp_path: Path) -> 
 def test_slices_that_begin_late_take_the_same_rows(tmp_path: Path) -> None:
     class Every(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x[:, :, 1::3, 3::2] + 1
+            return x[:, :, 1::3] + x[:, :, 2::3]
 
     x = torch.randn(1, 2, 12, 8)
     kinds, found, wanted = _kinds(Every(), x, tmp_path, False)
