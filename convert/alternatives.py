@@ -48,7 +48,7 @@ def run_like_device(profile: DeviceProfile, decision: Decision) -> bool:
 
 
 def slower_than_float(latency: Latency | None) -> bool:
-    """Whether a timing says so beyond what it leaves open."""
-    if latency is None or latency.speedup is None or latency.ratio_interval is None:
+    """Whether a timing says so beyond what it leaves open; an unstable one says nothing."""
+    if latency is None or latency.speedup is None or latency.ratio_interval is None or not latency.stable:
         return False
     return latency.speedup < 1 and latency.ratio_interval[1] < 1

@@ -6,9 +6,10 @@ scores of single layers mislead. Choices depend on numbers, never on the clock: 
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from calibrate import steps as known
-from calibrate.plan import Entry
+from calibrate.plan import Entry, Plan
 from convert import recipes
 from convert.compress import Builder, Compressed, Effort
 from convert.planning import Decision, keeping_float
@@ -41,6 +42,8 @@ NAMED: dict[str, dict[str, tuple[str, ...]]] = {
     "quantize_dynamic": {"smooth": ("smooth", "rotate")},
     "quantize_weights": {},
 }
+# Parameters of a step that are tried one after the other, the cheaper on the device first.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"smooth": ({}, {"explicit": "all"})}
 HEAVY = ("split_outliers", "ridge", "reconstruct", "finetune")
 # A step is kept for a gain of this much, which is more than the choice of samples makes.
 GAIN_DB = 0.1
@@ -76,23 +79,45 @@ class _Search:
     def try_all(self, names: Iterable[str]) -> None:
         """Add each step where it belongs, or take it out where the recipe has it, and keep what scores better."""
         for count, name in enumerate(names):
-            plan = self.best.decision.plan
-            if name not in known.names():
-                continue
-            inside = name in plan.steps
-            trial = tuple(s for s in plan.steps if s != name) if inside else placed(plan.steps, name)
             self.builder.progress(f"try {name}", count + 1)
-            made = self.builder.build(replace(self.best.decision, plan=replace(plan, steps=trial)))
-            score = self.builder.score(made)
-            if not inside and _idle(made, name):
-                self._note(name, "not needed", _idle_reason(made, name))
+            if name in self.best.decision.plan.steps:
+                self._without(name)
                 continue
-            with_it, without = (self.score, score) if inside else (score, self.score)
-            figures = f"the simulation has {with_it:.1f} dB with it and {without:.1f} dB without"
-            helps = with_it > without + GAIN_DB
-            self._note(name, "kept" if helps else "left out", figures)
-            if helps != inside:
-                self.best, self.score = made, score
+            for parameters in VARIANTS.get(name, ({},)):
+                self._with(name, parameters)
+
+    def _without(self, name: str) -> None:
+        plan = self.best.decision.plan
+        made, score = self._built(plan, tuple(s for s in plan.steps if s != name), {})
+        helps = self.score > score + GAIN_DB
+        self._note(name, helps, self.score, score)
+        if not helps:
+            self.best, self.score = made, score
+
+    def _with(self, name: str, parameters: dict[str, Any]) -> None:
+        plan = self.best.decision.plan
+        present = name in plan.steps  # a dearer variant of what was kept
+        steps = plan.steps if present else placed(plan.steps, name)
+        made, score = self._built(plan, steps, {name: parameters} if parameters else {})
+        label = name + "".join(f" ({key} {value})" for key, value in parameters.items())
+        if not present and _idle(made, name):
+            self.tried.append(Entry("auto", label, "not needed", _idle_reason(made, name)))
+            return
+        helps = score > self.score + GAIN_DB
+        self._note(label, helps, score, self.score)
+        if helps:
+            self.best, self.score = made, score
+
+    def _built(
+        self, plan: Plan, steps: tuple[str, ...], parameters: dict[str, dict[str, Any]]
+    ) -> tuple[Compressed, float]:
+        told = {**plan.parameters, **parameters}
+        made = self.builder.build(replace(self.best.decision, plan=replace(plan, steps=steps, parameters=told)))
+        return made, self.builder.score(made)
+
+    def _note(self, label: str, helps: bool, with_it: float, without: float) -> None:
+        figures = f"the simulation has {with_it:.1f} dB with it and {without:.1f} dB without"
+        self.tried.append(Entry("auto", label, "kept" if helps else "left out", figures))
 
     def restore(self, goal_db: float) -> None:
         """Put back the layers that hurt most, judged one by one, until the goal holds or nothing is quantized."""
@@ -122,9 +147,6 @@ class _Search:
         if kept and self.score > self.start:
             note += f"; {', '.join(kept)} helped"
         return replace(self.best, ledger=(*self.best.ledger, *self.diagnosis, *self.tried), notes=(f"{note}.",))
-
-    def _note(self, step: str, action: str, reason: str) -> None:
-        self.tried.append(Entry("auto", step, action, reason))
 
 
 def quantized_layers(made: Compressed) -> list[str]:

@@ -127,7 +127,8 @@ class Builder:
 
     def _prefix(self, plan: Plan, names: tuple[str, ...]) -> _Prefix:
         # What an exact step does may depend on which formats it prepares for, not on which layers stay float.
-        kept = replace(plan, steps=(), keep_float={}, formats={}, parameters={})
+        told = {name: plan.parameters[name] for name in names if name in plan.parameters}
+        kept = replace(plan, steps=(), keep_float={}, formats={}, parameters=told)
         key = (names, repr(kept))
         if key not in self._prefixes:
             if not names:
