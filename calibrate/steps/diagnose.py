@@ -17,7 +17,7 @@ from calibrate.steps import Context
 
 # A channel that reaches so many times what the median channel does wastes two bits or more of all the others.
 OUTLIER = 6.0
-# A range so many times wider than what all but one in ten thousand values need is an extreme's.
+# A range so many times wider than what all but one in a thousand values need is an extreme's.
 LONE = 4.0
 # A head whose largest probability is so large on average looks at one token: it has learned to do nothing
 # (arXiv 2306.12929), by softmax inputs that grow without bound.
@@ -141,9 +141,9 @@ def _of_input(node: Node, source: Node, found: _Seen) -> Iterable[tuple[str, str
     histogram = found.histogram
     if histogram.finite:
         widest = max(-histogram.low, histogram.high)
-        usual = histogram.magnitude(0.9999)
+        usual = histogram.magnitude(0.999)
         if usual and widest > LONE * usual:
-            yield "clip ranges", f"one value in 10,000 takes the range from {usual:.3g} to {widest:.3g}"
+            yield "clip ranges", f"one value in 1,000 or fewer takes the range from {usual:.3g} to {widest:.3g}"
 
 
 def _remedy(source: Node) -> str:
