@@ -75,7 +75,8 @@ class Runner:
         self.placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         self.nodes = list(graph.graph.nodes)
         self.outputs = list(self.nodes[-1].all_input_nodes)
-        self._fixed: dict[Node, Any] = {}
+        self._fixed: dict[Node, Any] = {}  # values of constants
+        self._weights: dict[Node, Tensor] = {}  # of dynamic layers
 
     def run(self, nodes: Iterable[Node], env: dict[Node, Any]) -> dict[Node, Any]:
         """Compute `nodes`, in order, into `env`, which holds the values that come from elsewhere."""
@@ -132,11 +133,11 @@ class Runner:
         return torch.nn.functional.linear(x, weight, bias)
 
     def _stored(self, node: Node) -> Tensor:
-        if node not in self._fixed:
+        if node not in self._weights:
             layer = coded(node)
             assert layer is not None
-            self._fixed[node] = layer.weight(self._graph)
-        return self._fixed[node]
+            self._weights[node] = layer.weight(self._graph)
+        return self._weights[node]
 
 
 def carrier(layer: CodedLayer) -> Node:

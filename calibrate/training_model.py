@@ -106,6 +106,16 @@ class Student:
         groups.append({"params": [s.move for s in shifts], "lr": rate * SHIFT_RATE})
         return [g for g in groups if g["params"]] if self.weights else []
 
+    def snapshot(self) -> list[Tensor]:
+        """A copy of every trained tensor."""
+        return [p.detach().clone() for p in self.parameters()]
+
+    def load(self, numbers: list[Tensor]) -> None:
+        """Put a snapshot back."""
+        with torch.no_grad():
+            for parameter, number in zip(self.parameters(), numbers, strict=True):
+                parameter.copy_(number)
+
     def summary(self) -> str:
         """What is trained, in words."""
         parts = [f"{len(self.weights)} weights with their scales", f"{len(self.biases)} biases"]
