@@ -88,8 +88,9 @@ def dynamic_linear(
     if scales.dim() == 2:
         y = grouped_product(q, codes, scales) * scale
     else:
-        # float64 holds every int8 dot product exactly: |sum| < in * 2^15 * ... stays far below 2^53.
-        product = torch.nn.functional.linear(q.double(), codes.double()).float()
+        # float32 holds sums below 2^24 exactly, float64 every sum of int8 products.
+        wide = torch.float32 if float(codes.float().abs().sum(1).max()) * 255 < 2**24 else torch.float64
+        product = torch.nn.functional.linear(q.to(wide), codes.to(wide)).float()
         y = product * (scale * scales)
     return y if bias is None else y + bias
 

@@ -8,9 +8,11 @@ import onnxruntime
 
 from calibrate.samples import Batch, InputSpec
 
+from ._onnx_exact import exact_model
 from .errors import TargetError
 
 PROVIDERS = ["CPUExecutionProvider"]
+PRECISE = "session.x64quantprecision"
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not NumPy's
 
 
@@ -28,7 +30,8 @@ class OnnxSession:
         self._session = load(path, options)
         self._names = [o.name for o in self._session.get_outputs()]
         providers = ", ".join(self._session.get_providers())
-        self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers})"
+        exact = ", exact sums: without VNNI the fast ones saturate" if _is_precise(options) else ""
+        self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers}{exact})"
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -83,10 +86,27 @@ def session_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """A CPU session on the file; raises TargetError with the runtime's own words where it refuses the model."""
+def _is_precise(options: onnxruntime.SessionOptions) -> bool:
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+        return bool(options.get_session_config_entry(PRECISE) == "1")
+    except Exception:  # what onnxruntime raises for an entry that nobody set
+        return False
+
+
+def load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A CPU session on the file, on x86 without VNNI with exact sums where its weights need them.
+
+    Raises TargetError with the runtime's own words where it refuses the model.
+    """
+    try:
+        exact = exact_model(path)
+        if exact is None:
+            return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+        options.add_session_config_entry(PRECISE, "1")
+        # Sharing would undo what exact_model did.
+        return onnxruntime.InferenceSession(
+            exact, options, providers=PROVIDERS, disabled_optimizers=["ConstantSharing"]
+        )
     except Exception as error:  # onnxruntime's exceptions have no common base
         first = str(error).strip().splitlines()[0]
         raise TargetError(f"ONNX Runtime {onnxruntime.__version__} can't load {path.name}: {first}") from error
