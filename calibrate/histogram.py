@@ -1,5 +1,6 @@
 """A histogram that grows with its data: constant memory, one pass, any range, few nanoseconds per value."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,9 +19,11 @@ BINNED = 4096
 # Neighbours in memory that are taken together: what one cache line holds.
 RUN = 16
 # Of many values waiting, one in so many has its exponent looked at.
-SPARSE = 5
+SPARSE = 8
 # Values that wait to be binned: many at a time cost little more than few.
 WAITING = 16 * BINNED
+# A bin's middle from the histogram's, in bins.
+CENTERS = np.arange(BINS, dtype=np.float64) + (0.5 - BINS / 2)
 # Of the moving average of per-batch extremes, the weight of a new batch (TensorFlow's and PyTorch's constant).
 AVERAGING = 0.01
 
@@ -39,13 +42,14 @@ class Histogram:
         self._counts = torch.zeros(BINS, dtype=torch.float64)
         self._exponents = torch.zeros(EXPONENTS, dtype=torch.float64)
         self._waiting: list[Tensor] = []
+        self._waits = 0
         self.low = float("inf")
         self.high = float("-inf")
         self.average_low = self.average_high = 0.0
         self.seen = 0
         self.batches = 0
         self.finite = True
-        self._moments: dict[int, tuple[Floats, ...]] = {}
+        self._moments: Floats | None = None
 
     def add(self, x: Tensor) -> None:
         """Take in `x` (float32, any shape): its extremes exactly, and evenly spaced values of it as counts."""
@@ -64,22 +68,24 @@ class Histogram:
             self._bin()
             self._grow(max(abs(low), abs(high)))
         spaced = evenly_spaced(flat, x.shape, self.batches)
-        self.seen += len(flat)
+        self.seen += x.numel()
         self.batches += 1
-        self._moments.clear()
+        self._moments = None
         self._waiting.append(spaced)
-        if sum(len(w) for w in self._waiting) >= WAITING:
+        self._waits += spaced.numel()
+        if self._waits >= WAITING:
             self._bin()
 
     def _bin(self) -> None:
         """Count the values that wait."""
         if not self._waiting:
             return
-        values, self._waiting = torch.cat(self._waiting), []
-        bins = ((values + self.limit) * (BINS / (2 * self.limit))).to(torch.int32).clamp_(0, BINS - 1)
-        self._counts += torch.bincount(bins, minlength=BINS)
-        fewer = values[::SPARSE].contiguous() if len(values) > SPARSE * BINNED else values
+        values, self._waiting, self._waits = torch.cat(self._waiting), [], 0
+        fewer = values[::SPARSE].contiguous() if len(values) > WAITING // 2 else values
         self._exponents += _exponents(fewer) * (len(values) / len(fewer))
+        found = torch.bincount(values.add_(self.limit).mul_(BINS / (2 * self.limit)).to(torch.int32), minlength=BINS + 1)
+        self._counts += found[:BINS]
+        self._counts[-1] += found[BINS]  # values that are exactly `limit`
 
     @property
     def counts(self) -> Tensor:
@@ -108,7 +114,7 @@ class Histogram:
         self._exponents += other.exponents
         self.seen += other.seen
         self.batches = max(self.batches, other.batches)
-        self._moments.clear()
+        self._moments = None
 
     def magnitude(self, share: float) -> float:
         """A power of two that `share` of the nonzero values do not exceed, the least such; 0 when all are zero."""
@@ -118,30 +124,40 @@ class Histogram:
         reached = self.exponents.cumsum(0) >= share * total
         return float(2.0 ** (int(reached.nonzero()[0]) + LOWEST_EXPONENT))
 
+    @property
+    def width(self) -> float:
+        """Of a bin; a power of two."""
+        return 2 * self.limit / BINS
+
+    @property
+    def moments(self) -> Floats:
+        """Sums over the bins before each edge of counts, counts times centers, and times their squares, [3, BINS + 1].
+
+        Centers in bins. Every sum is a multiple of 1/4 below 2^53, so differences of them are exact.
+        """
+        if self._moments is None:
+            self._moments = np.zeros((3, BINS + 1))
+            counts = self.counts.numpy()
+            np.cumsum(counts, out=self._moments[0, 1:])
+            np.cumsum(counts * CENTERS, out=self._moments[1, 1:])
+            np.cumsum(counts * CENTERS**2, out=self._moments[2, 1:])
+        return self._moments
+
     def beyond(self, ends: Floats, sign: int) -> tuple[Floats, Floats]:
-        """What clipping at `ends` [n] costs: (mean squared distance of all values to what is left, share clipped).
+        """What clipping at `ends`, of any shape, costs: (mean squared distance of all values to what is left, share
+        clipped).
 
         `sign` +1: values above an end are clipped, -1: those below. From prefix sums of the bins' moments, so that many
         ends cost as much as one. The extreme seen is counted although its value may not have been binned.
         """
-        if sign not in self._moments:
-            self._moments[sign] = self._sums(sign)
-        centers, zeroth, first, second = self._moments[sign]
-        at = np.searchsorted(centers, ends * sign, side="right")
-        total = max(zeroth[0], 1.0)
-        end = ends * sign
-        energy = second[at] - 2 * end * first[at] + end**2 * zeroth[at]
-        extreme = (self.high if sign > 0 else -self.low) - end
-        share = np.maximum(zeroth[at] / total, (extreme > 0) / max(self.seen, 1))
+        end = ends / self.width
+        at = np.clip(np.floor(end + (BINS + 1) / 2) if sign > 0 else np.ceil(end + (BINS - 1) / 2), 0, BINS)
+        sums, total = self.moments[:, at.astype(np.int64)], max(self.moments[0, -1], 1.0)
+        zeroth, first, second = self.moments[:, -1].reshape(3, *[1] * end.ndim) - sums if sign > 0 else sums
+        energy = (second - 2 * end * first + end**2 * zeroth) * self.width**2
+        extreme = (self.high - ends) if sign > 0 else (ends - self.low)
+        share = np.maximum(zeroth / total, (extreme > 0) / max(self.seen, 1))
         return np.maximum(energy / total, np.maximum(extreme, 0.0) ** 2 / max(self.seen, 1)), share
-
-    def _sums(self, sign: int) -> tuple[Floats, ...]:
-        """Bin centers, rising, seen from one side, and from each to the end the sums of counts, values and squares."""
-        centers, counts = self.centers.numpy() * sign, self.counts.numpy()
-        if sign < 0:
-            centers, counts = centers[::-1], counts[::-1]
-        # Moments about zero cancel, yet the centers are within 2^12 bins of any end: float64 has room.
-        return (centers, *(_after(counts * centers**k) for k in range(3)))
 
     @property
     def nonzero(self) -> float:
@@ -149,7 +165,7 @@ class Histogram:
         return min(float(self.exponents.sum()) / max(float(self.counts.sum()), 1.0), 1.0)
 
     def error(self, lows: Floats, highs: Floats, levels: int) -> Floats:
-        """Mean squared error of `levels` codes over each range [low, high], arrays of equal length.
+        """Mean squared error of `levels` codes over each range [low, high], arrays that broadcast.
 
         Clipping from the counts, rounding as step²/12 for every value that is inside and not zero.
         """
@@ -169,8 +185,7 @@ class Histogram:
     @property
     def centers(self) -> Tensor:
         """The middle of each bin, float64 [BINS]."""
-        width = 2 * self.limit / BINS
-        return (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self.limit
+        return torch.from_numpy(CENTERS * self.width)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -189,30 +204,32 @@ def evenly_spaced(flat: Tensor, shape: Sequence[int], turn: int = 0, most: int =
     """
     if len(flat) <= most:
         return flat.clone()
-    stride = -(-len(flat) // most)
-    whole = math.prod(shape)
-    while math.gcd(stride, whole) > 1:
-        stride += 1
+    stride = _stride(tuple(shape), most)
     first = turn * 7919 % stride
     count = (len(flat) // RUN - first + stride - 1) // stride
     offset = flat.storage_offset() + first * RUN
     return flat.as_strided((count, RUN), (stride * RUN, 1), offset).reshape(-1)
 
 
+@functools.lru_cache(4096)
+def _stride(shape: tuple[int, ...], most: int) -> int:
+    """So many runs from one to the next that about `most` values of `shape` are met, and no axis is passed over."""
+    count = math.prod(shape)
+    stride = -(-count // most)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
 def _exponents(x: Tensor) -> Tensor:
     """How many nonzero values have which exponent, float64 [EXPONENTS], from the bits of float32."""
-    biased = (x.view(torch.int32) >> 23) & 255
-    counts = torch.bincount(biased, minlength=256).double()
-    counts[0] -= float((x == 0).sum())
-    found = torch.zeros(EXPONENTS, dtype=torch.float64)
+    bits = x.numpy().view(np.int32)
+    counts = np.bincount(bits >> 23 & 255, minlength=256)
+    counts[0] -= len(bits) - np.count_nonzero(bits << 1)
+    found = np.zeros(EXPONENTS)
     # Biased exponent e stands for [2^(e - 127), 2^(e - 126)): frexp's e - 126. All subnormals count as the largest.
     found[-126 - LOWEST_EXPONENT :] = counts[: EXPONENTS + 126 + LOWEST_EXPONENT]
-    return found
-
-
-def _after(values: Floats) -> Floats:
-    """The sum of the values from each position to the end, [n + 1]."""
-    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+    return torch.from_numpy(found)
 
 
 def _halve(counts: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ MARGIN = 0.9
 # answered to the next narrower threshold.
 EVENTS = 30
 # Of the samples seen, one in so many races, and at least and at most so many.
-SHARE, LEAST, MOST = 16, 16, 64
+SHARE, LEAST, MOST = 32, 16, 32
 # Clipped values of a tensor that are looked at, of one batch: about so many, in whole samples.
 CLIPPED = 2**12
 # Values of a tensor whose gradients are looked at, of one batch.
@@ -101,12 +101,13 @@ def _clipped(x: Tensor, gradient: Tensor, ends: Floats, sign: int, some: Tensor)
     share = float(torch.count_nonzero(some > narrowest if sign > 0 else some < narrowest)) / max(len(some), 1)
     # Where many lie there, a few samples tell as much.
     samples = min(len(x), max(2, int(CLIPPED / max(share * x.shape[1], 1.0))))
-    at = torch.nonzero((x[:samples] > narrowest if sign > 0 else x[:samples] < narrowest).reshape(-1)).view(-1)
+    looked = x[:samples].reshape(-1).numpy()
+    at = np.flatnonzero(looked > narrowest if sign > 0 else looked < narrowest)
     if not len(at):
         return np.zeros((3, len(ends)))
-    rows = (at // x.shape[1]).numpy()
-    values = x.reshape(-1)[at].numpy().astype(np.float64) * sign
-    slopes = gradient.reshape(-1)[at].numpy().astype(np.float64)
+    rows = at // x.shape[1]
+    values = looked[at].astype(np.float64) * sign
+    slopes = gradient[:samples].reshape(-1).numpy()[at].astype(np.float64)
     # Past so many ends does each value lie; sums over values past an end, per sample, then give every end at once.
     passed = np.searchsorted(ends * sign, values, side="left") - 1
     cell, shape = rows * len(ends) + passed, (-1, len(ends))
@@ -207,8 +208,8 @@ def winner(costs: Floats) -> int:
 
 def _ends(options: list[QParams]) -> tuple[Floats, Floats, Floats]:
     """The least and largest number of each option, and its step."""
-    table = np.array([((q.qmin - q.zero_point) * q.scale, (q.qmax - q.zero_point) * q.scale, q.scale) for q in options])
-    return table[:, 0], table[:, 1], table[:, 2]
+    scales, zeros = np.array([(q.scale, q.zero_point) for q in options]).T
+    return (options[0].qmin - zeros) * scales, (options[0].qmax - zeros) * scales, scales
 
 
 def _member(options: list[QParams]) -> _Member:
@@ -230,7 +231,8 @@ def _slices(graph: GraphModule, batches: Iterable[list[Tensor]], seen: list[Hist
             limit = min(max(LEAST, count * max(h.batches for h in seen) // SHARE), MOST)
         if done >= limit:
             break
-        size = max(1, min(count, int(HELD * count / max(held, 1.0)))) if varies else count
+        count = min(count, limit - done) if varies else count
+        size = max(1, min(count, int(HELD * len(inputs[0]) / max(held, 1.0)))) if varies else count
         for start in range(0, count, size):
-            yield [x[start : start + size] for x in inputs] if varies else inputs
-            done += size
+            yield [x[start : min(start + size, count)] for x in inputs] if varies else inputs
+        done += count

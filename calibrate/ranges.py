@@ -3,7 +3,6 @@
 One pass fills a histogram per tensor; a few samples run the race (`race`) between the ranges that observers propose.
 """
 
-import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -15,7 +14,7 @@ from . import observers
 from .errors import CalibrationError
 from .histogram import Floats, Histogram
 from .placement import Sites
-from .plan import Plan, QParams
+from .plan import ActivationType, Plan, QParams
 
 Progress = Callable[[int], None]
 # Smallest normal float16: below it steps between neighbours no longer shrink with the number.
@@ -32,26 +31,36 @@ def qparams(low: float, high: float, plan: Plan, observer: str = "") -> QParams:
     Zero is always a code. Symmetric: zero_point 0, scale = reach / 127; the codes keep their whole range, as runtimes
     saturate there. The scale is a float32 number.
     """
+    scales, zeros = _grids(np.array([low]), np.array([high]), plan)
+    return QParams(float(scales[0]), int(zeros[0]), *_codes(plan), observer)
+
+
+def _codes(plan: Plan) -> tuple[int, int, ActivationType]:
+    """The least and largest code of an activation, and their type."""
     if plan.activation == "int16":
-        scale = representable(max(-low, high) / 32767, plan)
-        return QParams(scale, 0, -32768, 32767, "int16", observer)
+        return -32768, 32767, "int16"
     if plan.symmetric:
-        reach = max(-low, high)
-        scale = representable(reach / 127, plan)
-        return QParams(scale, 0, -128, 127, "int8", observer)
-    qmin, qmax = (-128, 127) if plan.activation == "int8" else (0, 255)
-    scale = representable((high - low) / 255, plan)
-    zero = int(min(max(round(qmin - low / scale), qmin), qmax))
-    return QParams(scale, zero, qmin, qmax, plan.activation, observer)
+        return -128, 127, "int8"
+    return (-128, 127, "int8") if plan.activation == "int8" else (0, 255, "uint8")
+
+
+def _grids(lows: Floats, highs: Floats, plan: Plan) -> tuple[Floats, Floats]:
+    """Scales and zero points of ranges, arrays of equal length."""
+    qmin, qmax, dtype = _codes(plan)
+    if plan.symmetric or dtype == "int16":
+        return _stored(np.maximum(-lows, highs) / qmax, plan), np.zeros(len(lows))
+    scales = _stored((highs - lows) / 255, plan)
+    return scales, np.clip(np.rint(qmin - lows / scales), qmin, qmax)
 
 
 def representable(scale: float, plan: Plan) -> float:
     """The nearest scale the runtime can store, float32 or float16 and not below the smallest that serves; 1 for 0."""
-    if scale == 0:
-        return 1.0
-    if plan.half_scales:
-        return float(np.float16(max(scale, SMALLEST_HALF)))
-    return float(np.float32(max(scale, SMALLEST_FLOAT)))
+    return float(_stored(np.array([scale]), plan)[0])
+
+
+def _stored(scales: Floats, plan: Plan) -> Floats:
+    smallest, dtype = (SMALLEST_HALF, np.float16) if plan.half_scales else (SMALLEST_FLOAT, np.float32)
+    return np.where(scales == 0, 1.0, np.maximum(scales, smallest).astype(dtype).astype(np.float64))
 
 
 def fake_quantize(x: Tensor, q: QParams) -> Tensor:
@@ -101,18 +110,22 @@ def fill_histograms(
 
 def candidates(histogram: Histogram, plan: Plan) -> list[QParams]:
     """What the plan's observers propose for one tensor, in their order, without what is nearly a proposal before it."""
-    levels = qparams(0.0, 1.0, plan)
+    qmin, qmax, dtype = _codes(plan)
 
     def error(lows: Floats, highs: Floats) -> Floats:
-        if plan.symmetric or plan.activation == "int16":
+        if plan.symmetric or dtype == "int16":
             highs = np.maximum(-lows, highs)
             lows = -highs
-        return histogram.error(lows, highs, levels.qmax - levels.qmin + 1)
+        return histogram.error(lows, highs, qmax - qmin + 1)
 
-    found: dict[tuple[int, int], QParams] = {}
-    for name in plan.observers:
-        for low, high in observers.find(name)(histogram, error):
-            if high > low:
-                q = qparams(low, high, plan, name)
-                found.setdefault((round(math.log(q.scale) / ALIKE), round(q.zero_point / (256 * ALIKE))), q)
-    return list(found.values()) or [qparams(0.0, 0.0, plan, "constant")]
+    proposed = [(low, high, name) for name in plan.observers for low, high in observers.find(name)(histogram, error)]
+    proposed = [p for p in proposed if p[1] > p[0]]
+    if not proposed:
+        return [qparams(0.0, 0.0, plan, "constant")]
+    scales, zeros = _grids(*np.array([p[:2] for p in proposed]).T, plan)
+    likeness = np.rint(np.log(scales) / ALIKE).tolist(), np.rint(zeros / (256 * ALIKE)).tolist()
+    first: dict[tuple[float, float], int] = {}
+    for i, key in enumerate(zip(*likeness, strict=True)):
+        first.setdefault(key, i)
+    kept = ((float(scales[i]), int(zeros[i]), proposed[i][2]) for i in first.values())
+    return [QParams(scale, zero, qmin, qmax, dtype, name) for scale, zero, name in kept]

@@ -1,7 +1,7 @@
-"""Exact int8 sums in ONNX Runtime on x86 without VNNI, where kernels add pairs of products in 16 bits and saturate.
+"""Exact int8 sums in ONNX Runtime on x86 without VNNI, where kernels add pairs of products in 16 bits.
 
-A file for an Arm board holds weights of 8 bits, which no kernel there saturates. To show such a file's own numbers here,
-ONNX Runtime is told to keep weights unsigned ("session.x64quantprecision"), which is exact and slower. As of 1.32 that
+A file for an Arm board holds weights of 8 bits, which no kernel there saturates. To show its own numbers here, ONNX
+Runtime is told to keep weights unsigned ("session.x64quantprecision"), which is exact and slower. As of 1.32 that
 fails where layers share a zero point, so each gets one of its own in memory; the file stays as it is.
 """
 

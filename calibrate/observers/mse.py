@@ -9,12 +9,8 @@ SHRINKS = 1 - np.arange(45) / 50
 
 
 def ranges(histogram: Histogram, error: Quantizer) -> list[tuple[float, float]]:
-    """The best of `SHRINKS` of the range seen: both ends alike, then each alone, twice over (coordinate descent)."""
+    """The best pair of one of `SHRINKS` of the minimum seen and one of the maximum."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     lows, highs = low * SHRINKS, high * SHRINKS
-    best = int(np.argmin(error(lows, highs)))
-    left, right = best, best
-    for _ in range(2):
-        left = int(np.argmin(error(lows, np.full_like(lows, highs[right]))))
-        right = int(np.argmin(error(np.full_like(highs, lows[left]), highs)))
+    left, right = divmod(int(np.argmin(error(lows[:, None], highs[None, :]))), len(SHRINKS))
     return [(float(lows[left]), float(highs[right]))]

@@ -57,7 +57,7 @@ def test_weights_twice_as_large_have_scales_twice_as_large_and_the_same_codes(se
     weight, factor = weights(seed), 2.0**power
     once, scaled = weight_scales(weight, 127, True), weight_scales(factor * weight, 127, True)
     assert torch.equal(scaled, factor * once)
-    assert torch.equal(weight_codes(weight, once, 127), weight_codes(factor * weight, scaled, -127, 127))
+    assert torch.equal(weight_codes(weight, once, -127, 127), weight_codes(factor * weight, scaled, -127, 127))
 
 
 def test_scales_that_must_be_float16_numbers_are() -> None:
