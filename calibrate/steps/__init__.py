@@ -43,8 +43,8 @@ class Context:
 class Step(Protocol):
     """A step edits the graph in place and returns its ledger; `ensures` then checks the result.
 
-    `exact`: the float function is unchanged. `defaults`, where a step has them: its parameters and their default values,
-    which a recipe may set. `refines`, where true: the step improves a graph that is quantized already.
+    `exact`: the float function is unchanged. `defaults`, where a step has them: its parameters and their default
+    values, which a recipe may set. `refines`, where true: the step improves a graph that is quantized already.
     """
 
     exact: bool

@@ -35,7 +35,7 @@ class Finetune:
     refines = True
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 3,
-        "lr": 0.0005,
+        "lr": 0.002,
         "batch": 32,
         "samples": 1024,
         "time_limit_s": 300.0,
@@ -54,6 +54,7 @@ class Finetune:
         before = output_db(reference, graph, samples.held)
         steps = _train(graph, reference, student, samples, context)
         student.store()
+        graph.recompile()  # other arguments of nodes, not only other constants
         after = output_db(reference, graph, samples.held)
         change = f"{before:.1f} -> {after:.1f} dB on held-out samples after {steps} steps"
         if not after > before:

@@ -88,7 +88,8 @@ def _replace(graph: GraphModule, node: Node, context: Context) -> str:
         else:
             pairs = [_pair(_argument(node, i, d)) for i, d in ((3, 1), (4, 0), (5, 1))]
             groups = _argument(node, 6, 1)
-            made = graph.graph.call_function(qdq.DYNAMIC_CONV2D, (*head, *pairs, groups, plan.dynamic_scheme, form.bits))
+            tail = (*pairs, groups, plan.dynamic_scheme, form.bits)
+            made = graph.graph.call_function(qdq.DYNAMIC_CONV2D, (*head, *tail))
     made.meta.update(node.meta)
     made.meta["layer"] = layer_name(node)
     node.replace_all_uses_with(made)

@@ -68,6 +68,7 @@ class Reconstruct:
         before = output_db(reference, graph, samples.held)
         work = _Work(graph, context, samples, len(units))
         walk_units(reference, graph, samples.all, units, work.visit)
+        graph.recompile()  # biases are other nodes now
         after = output_db(reference, graph, samples.held)
         if after > before:
             return work.ledger

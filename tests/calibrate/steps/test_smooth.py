@@ -119,5 +119,5 @@ def test_refining_lowers_the_noise_that_a_layer_will_have(seed: int, how: Activa
 
     plain = scales(seen.reach, weight.abs().amax(0), 0.25)
     better = refined(plain, [(seen, weight, torch.arange(24), 8)], DYNAMIC, how)
-    # What is descended is the noise expected of rounding; what one draw of roundings makes of it scatters by some percent.
+    # What is descended is the noise expected of rounding; one draw of roundings scatters by some percent around it.
     assert error(better) < 1.05 * error(plain)
