@@ -15,10 +15,12 @@ from .coded import CodedLayer, coded_layers, set_constant
 from .graph import constant, is_constant, kind
 from .plan import Plan
 from .ranges import representable
-from .training import LearnedScale, Saved, carrier, latent_steps, stored_scales, straight_round
+from .training import INSIDE, LearnedScale, Saved, carrier, latent_steps, stored_scales, straight_round
 
-# Learning rates relative to that of the weights, which is in shares of the layer's code range.
-SCALE_RATE, STEP_RATE, SHIFT_RATE = 0.5, 0.5, 0.5
+# Learning rates relative to that of the weights, which is in codes: the same for all formats of few bits, and more of
+# them where codes are finer than those of four bits.
+SCALE_RATE, STEP_RATE, SHIFT_RATE = 0.25, 0.25, 0.25
+FOUR_BITS = 8
 
 
 class Weight:
@@ -26,7 +28,11 @@ class Weight:
 
     def __init__(self, graph: GraphModule, layer: CodedLayer, weight: Tensor | None, plan: Plan) -> None:
         self.layer = layer
-        self.latent = latent_steps(graph, layer, weight).clone().requires_grad_()
+        # A code that another step chose against the nearest one starts in its middle: from its edge, where the float
+        # weight would pull it, the first steps would undo the choice.
+        latent, codes = latent_steps(graph, layer, weight), constant(graph, layer.codes).float()
+        edge = (latent - codes).abs() >= INSIDE
+        self.latent = torch.where(edge, codes, latent).requires_grad_()
         self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(self.latent.shape))
         self.learns_scale = not plan.format_of(layer.name).power_of_two
 
@@ -98,9 +104,11 @@ class Student:
         return [p for g in self.groups(1.0) for p in g["params"]]
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Adam's parameter groups; weights move by `rate` of their code range in one step at most."""
+        """Adam's parameter groups; `rate` is in codes of up to four bits a step."""
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
-        groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * (w.layer.high + 1)} for w in self.weights]
+        groups: list[dict[str, Any]] = [
+            {"params": [w.latent], "lr": rate * max(1.0, (w.layer.high + 1) / FOUR_BITS)} for w in self.weights
+        ]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
         groups.append({"params": list(self.factors.values()), "lr": rate * STEP_RATE})
         groups.append({"params": [s.move for s in shifts], "lr": rate * SHIFT_RATE})

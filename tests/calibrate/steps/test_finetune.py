@@ -15,9 +15,9 @@ from calibrate.graph import clone, constant, run
 from calibrate.plan import Plan, WeightFormat
 from calibrate.steps import Context
 from calibrate.steps.finetune import distance
-from calibrate.training_samples import output_db
+from calibrate.training_samples import Samples, output_db
 
-FAST = {"epochs": 10, "lr": 0.01, "batch": 16}
+FAST = {"epochs": 10, "lr": 0.02, "batch": 16}
 PLAN = replace(
     ISLANDS,
     weight=WeightFormat(2),
@@ -89,8 +89,18 @@ def test_training_brings_the_output_closer_to_float_on_samples_it_never_saw(by: 
     assert signal(graph, setting) > before + 1  # a fifth less squared error: more than unseen samples differ by
 
 
+def test_the_ledger_tells_what_the_finished_graph_measures() -> None:
+    graph, setting = quantized()
+    (entry,) = steps.apply("finetune", graph, setting)
+    samples = Samples.of(graph, setting, 1024)
+    assert samples is not None
+    assert setting.float_graph is not None
+    assert f"-> {output_db(setting.float_graph, graph, samples.held):.1f} dB" in entry.reason
+    assert f"-> {output_db(setting.float_graph, graph, samples.train):.1f} dB" not in entry.reason  # other samples
+
+
 def test_training_that_does_not_help_is_rolled_back_whole() -> None:
-    graph, setting = quantized(with_(lr=100.0))  # every weight at an end of its range in one step
+    graph, setting = quantized(with_(lr=1000.0))  # every weight at an end of its range in one step
     before, old, pairs = run(graph, [UNSEEN])[0], state(graph), scales(graph)
     (entry,) = steps.apply("finetune", graph, setting)
     assert entry.action == "left alone"
