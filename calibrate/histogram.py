@@ -83,7 +83,9 @@ class Histogram:
         values, self._waiting, self._waits = torch.cat(self._waiting), [], 0
         fewer = values[::SPARSE].contiguous() if len(values) > WAITING // 2 else values
         self._exponents += _exponents(fewer) * (len(values) / len(fewer))
-        found = torch.bincount(values.add_(self.limit).mul_(BINS / (2 * self.limit)).to(torch.int32), minlength=BINS + 1)
+        found = torch.bincount(
+            values.add_(self.limit).mul_(BINS / (2 * self.limit)).to(torch.int32), minlength=BINS + 1
+        )
         self._counts += found[:BINS]
         self._counts[-1] += found[BINS]  # values that are exactly `limit`
 

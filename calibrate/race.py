@@ -33,9 +33,9 @@ EVENTS = 30
 # Of the samples seen, one in so many races, and at least and at most so many.
 SHARE, LEAST, MOST = 32, 16, 32
 # Clipped values of a tensor that are looked at, of one batch: about so many, in whole samples.
-CLIPPED = 2**12
+CLIPPED = 2**11
 # Values of a tensor whose gradients are looked at, of one batch.
-HEARD = 2**15
+HEARD = 2**13
 # Values of the sites held at a time, with what autograd keeps beside them about four times as many bytes.
 HELD = 2**24
 SEED = 0
@@ -57,10 +57,10 @@ class _Member:
         """One batch: `x` and `gradient` [n, ...]."""
         x, gradient = _by_sample(x, x), _by_sample(gradient, x)
         every = 1 if x.numel() <= HEARD else x.numel() // HEARD | 1
-        heard, felt = x.reshape(-1)[::every], gradient.reshape(-1)[::every]
-        filled = heard != 0
-        self.square += float((felt * filled).square().sum())
-        self.nonzero += int(torch.count_nonzero(filled))
+        # NumPy compares and finds several times faster than torch does on one core.
+        heard, felt = (np.ascontiguousarray(t.reshape(-1).numpy()[::every]) for t in (x, gradient))
+        self.square += float(np.vdot(felt * (heard != 0), felt))
+        self.nonzero += int(np.count_nonzero(heard))
         self.values += x.numel()
         self.samples += len(x)
         for sign, ends in ((-1, self.lows), (1, self.highs)):
@@ -95,10 +95,10 @@ def _by_sample(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(0, *order).reshape(len(x), -1) if like.dim() else x.reshape(1, 1)
 
 
-def _clipped(x: Tensor, gradient: Tensor, ends: Floats, sign: int, some: Tensor) -> Floats:
+def _clipped(x: Tensor, gradient: Tensor, ends: Floats, sign: int, some: Floats) -> Floats:
     """For each end: squared distance of what lies beyond it, squared answer of the outputs, how many lie there."""
     narrowest = float(ends[0])
-    share = float(torch.count_nonzero(some > narrowest if sign > 0 else some < narrowest)) / max(len(some), 1)
+    share = float(np.count_nonzero(some > narrowest if sign > 0 else some < narrowest)) / max(len(some), 1)
     # Where many lie there, a few samples tell as much.
     samples = min(len(x), max(2, int(CLIPPED / max(share * x.shape[1], 1.0))))
     looked = x[:samples].reshape(-1).numpy()
@@ -231,8 +231,7 @@ def _slices(graph: GraphModule, batches: Iterable[list[Tensor]], seen: list[Hist
             limit = min(max(LEAST, count * max(h.batches for h in seen) // SHARE), MOST)
         if done >= limit:
             break
-        count = min(count, limit - done) if varies else count
-        size = max(1, min(count, int(HELD * len(inputs[0]) / max(held, 1.0)))) if varies else count
+        size = max(1, min(count, int(HELD * count / max(held, 1.0)))) if varies else count
         for start in range(0, count, size):
-            yield [x[start : min(start + size, count)] for x in inputs] if varies else inputs
-        done += count
+            yield [x[start : start + size] for x in inputs] if varies else inputs
+            done += size
