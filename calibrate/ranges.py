@@ -122,7 +122,7 @@ def candidates(histogram: Histogram, plan: Plan) -> list[QParams]:
     proposed = [p for p in proposed if p[1] > p[0]]
     if not proposed:
         return [qparams(0.0, 0.0, plan, "constant")]
-    scales, zeros = _grids(*np.array([p[:2] for p in proposed]).T, plan)
+    scales, zeros = _grids(np.array([p[0] for p in proposed]), np.array([p[1] for p in proposed]), plan)
     likeness = np.rint(np.log(scales) / ALIKE).tolist(), np.rint(zeros / (256 * ALIKE)).tolist()
     first: dict[tuple[float, float], int] = {}
     for i, key in enumerate(zip(*likeness, strict=True)):

@@ -78,3 +78,22 @@ def test_twice_the_values_fill_the_same_bins_of_twice_the_range() -> None:
     once, twice = of(values), of(2 * values)
     assert twice.limit == 2 * once.limit
     assert torch.equal(once.counts, twice.counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=ARRAYS, ends=hnp.arrays(np.float64, (2, 3), elements=st.floats(-2e6, 2e6)), sign=st.sampled_from([-1, 1]))
+def test_the_cost_of_clipping_is_the_sum_over_all_bins_beyond_the_end(
+    values: np.ndarray, ends: np.ndarray, sign: int
+) -> None:
+    histogram = of(values)
+    energy, share = histogram.beyond(ends, sign)
+    assert energy.shape == share.shape == ends.shape
+    centers, counts = histogram.centers.numpy(), histogram.counts.numpy()
+    for end, got, clipped in zip(ends.reshape(-1), energy.reshape(-1), share.reshape(-1), strict=True):
+        distance = np.maximum((centers - end) * sign, 0.0)
+        extreme = max((histogram.high - end) if sign > 0 else (end - histogram.low), 0.0)
+        expected = max(float(counts @ distance**2), extreme**2) / values.size
+        # Three sums of squares of up to (2^12 bins)^2 or the end itself cancel in float64.
+        assert abs(got - expected) <= 1e-12 * (histogram.limit**2 + end**2) + 1e-9 * expected
+        assert clipped >= float(counts[distance > 0].sum()) / values.size
+        assert clipped <= max(float(counts[distance > 0].sum()), 1.0) / values.size
