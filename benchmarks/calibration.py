@@ -2,17 +2,21 @@
 
     python benchmarks/calibration.py            # needs TIGHTFIT_ZOO, see README.md
 
-Each row is a process of its own. Passes: CPU seconds of the step quantize_static over those of the float graph on the
-same samples at the same batch size, one thread, the lesser of two runs of each.
+Prints the table and writes it to --out. Each row is a process of its own. Passes: CPU seconds of the whole step
+quantize_static over those of the float graph on the same samples in batches of 16, one thread, the least of three runs
+of each, in turns.
 """
 
 import argparse
 import json
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -51,12 +55,12 @@ def measure(model: str, count: int) -> dict[str, float]:
         for inputs in batches():
             run(graph, inputs)
 
-    def ranges() -> None:
-        steps.find("quantize_static").apply(clone(graph), context())
+    def ranges(fresh) -> None:
+        steps.apply("quantize_static", fresh, context())
 
     spent: dict[str, list[float]] = {"float": [], "ranges": []}
-    for _ in range(2):
-        for name, work_of in (("float", floats), ("ranges", ranges)):
+    for _ in range(3):
+        for name, work_of in (("float", floats), ("ranges", partial(ranges, clone(graph)))):
             start = time.process_time()
             work_of()
             spent[name].append(time.process_time() - start)
@@ -68,13 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["resnet20", "vit"])
     parser.add_argument("--samples", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--out", type=Path, default=HERE / "calibration_results.md", help="where the table goes")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "COUNT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))
         return
-    print("| model | samples | float passes per sample | peak MiB without the samples |")
-    print("|---|---:|---:|---:|")
+    lines = ["| model | samples | float passes per sample | peak MiB without the samples |", "|---|---:|---:|---:|"]
+    print(*lines, sep="\n", flush=True)
     for model in args.models:
         for count in args.samples:
             command = [sys.executable, __file__, "--one", model, str(count)]
@@ -82,7 +87,23 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr.strip().splitlines()[-1])
             row = json.loads(done.stdout.strip().splitlines()[-1])
-            print(f"| {model} | {count} | {row['passes']:.2f} | {row['peak']:.0f} |", flush=True)
+            lines.append(f"| {model} | {count:,} | {row['passes']:.2f} | {row['peak']:.0f} |")
+            print(lines[-1], flush=True)
+    args.out.write_text(
+        "\n".join([*heading(), *lines, "", "What the columns mean is in [README.md](README.md)."]) + "\n"
+    )
+
+
+def heading() -> list[str]:
+    """Title, and when and on what the table was made."""
+    from convert import host
+
+    packages = host.versions()
+    machine = f"{host.cpu_name()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    named = ", ".join(f"{name} {packages[name]}" for name in ("tightfit", "torch", "numpy") if name in packages)
+    made = f"{datetime.now(UTC):%Y-%m-%d}, {machine}; {named}"
+    settings = f"plan for {DEVICE} under {TARGET}, recipe {RECIPE}, one thread"
+    return ["# Results of `calibration.py`", "", f"{made}. {settings}", ""]
 
 
 if __name__ == "__main__":
