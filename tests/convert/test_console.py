@@ -105,7 +105,8 @@ def test_listings_fit_the_terminal(show: Callable[[bool], object], printed: Call
 def test_recipes_and_steps_carry_their_summaries(capsys: pytest.CaptureFixture[str]) -> None:
     listings.show_steps(json=True)
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown["recipes"]) == {"int8", "int8-dynamic", "int8-weights", "float16", "float32"}
+    wanted = {"int8", "int8-dynamic", "int8-weights", "float16", "float32"}
+    assert set(shown["recipes"]) == wanted | {"w4a8", "w4", "w2", "w8a16", "fp8", "mixed", "palette4"}
     assert all(shown["steps"].values())
     assert all(recipe["summary"] for recipe in shown["recipes"].values())
 

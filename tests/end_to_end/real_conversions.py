@@ -96,13 +96,13 @@ def targets(*names: str) -> list[str]:
 
 
 JOBS = {
-    "vit": images("vit", 2000, devices(*DEVICES)),
+    "vit": images("vit", 2000, [*devices(*DEVICES), "--effort=fast"]),
     "resnet20": images("resnet20", 2000, devices(*DEVICES)),
     "vit-int8": images("vit", 2000, devices("raspberry-pi-4b") + targets("tflite", "onnx"), recipe="int8"),
     "resnet20-all-targets": images(
         "resnet20", 500, [*devices(*DEVICES), *targets(*TARGETS), "--effort=fast"], hash_seed=1
     ),
-    "vit-again": images("vit", 64, devices(*DEVICES), hash_seed=1),
+    "vit-again": images("vit", 64, [*devices(*DEVICES), "--effort=fast"], hash_seed=1),
     "minilm-pi": sentences(devices("raspberry-pi-4b") + targets("tflite", "onnx")),
     "minilm-iphone": sentences(devices("iphone-a17-pro")),
     "demo": Job(("litert_torch", "ai_edge_litert", "coremltools"), lambda data: ["demo"]),
