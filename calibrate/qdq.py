@@ -77,9 +77,7 @@ def dynamic_codes(x: Tensor, scheme: str, axes: tuple[int, ...]) -> tuple[Tensor
 
 
 @torch.library.custom_op("tightfit::dynamic_linear", mutates_args=())
-def dynamic_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, bits: int = 8
-) -> Tensor:
+def dynamic_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, scheme: str, bits: int = 8) -> Tensor:
     """Dynamic int8 linear: x (..., in) float32, codes (out, in) int8 -> (..., out) float32.
 
     scales float32 (out,), or (out, in / group) for one scale per group of neighbouring inputs.
