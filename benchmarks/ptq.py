@@ -99,7 +99,8 @@ def onnxruntime_dynamic(twin: Path, samples: Samples, path: Path) -> None:
     del model.graph.value_info[:]
     stripped = path.with_suffix(".stripped.onnx")
     onnx.save(model, stripped)
-    quantize_dynamic(stripped, path, per_channel=True, weight_type=QuantType.QInt8)
+    kinds = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operators that its shape inference does not know
+    quantize_dynamic(stripped, path, per_channel=True, weight_type=QuantType.QInt8, extra_options=kinds)
 
 
 def hqq(twin: Path, samples: Samples, path: Path) -> None:

@@ -42,9 +42,13 @@ def exact_model(path: Path) -> bytes | None:
 
 
 def _needs_it(graph: onnx.GraphProto) -> bool:
-    """Whether a weight of codes is multiplied with codes and is too large to be safe."""
-    wide = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and _reach(t) > SAFE}
-    return bool(wide)
+    """Whether unsigned activations meet weight codes that are not safe. Signed ones have kernels that are exact."""
+    constants = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        zero = constants.get(node.input[2]) if node.op_type == "QuantizeLinear" and len(node.input) > 2 else None
+        if zero is not None and zero.data_type == onnx.TensorProto.INT8:
+            return False
+    return any(t.data_type == onnx.TensorProto.INT8 and _reach(t) > SAFE for t in graph.initializer)
 
 
 def _reach(tensor: onnx.TensorProto) -> int:

@@ -258,6 +258,15 @@ class TFLiteFile:
             if index not in used:
                 buffer.data = None
 
+    def names_are_unique(self) -> None:
+        """Give a tensor whose name another one bears already a number behind it: other tools refuse the file else."""
+        seen: set[bytes] = set()
+        for index, tensor in enumerate(self.graph.tensors):
+            name = bytes(tensor.name or b"")
+            if name in seen:
+                tensor.name = name + f";{index}".encode()
+            seen.add(bytes(tensor.name or b""))
+
     def drop_unused_tensors(self, candidates: set[int]) -> None:
         """Detach the constants among `candidates` that nothing reads any more from their bytes."""
         read = {i for op in self.graph.operators for i in self.inputs(op)} | {int(i) for i in self.graph.outputs}

@@ -34,6 +34,7 @@ def lower(job: Job) -> bytes:
     pack_weights(file, prepared.packed)
     if job.compute == "float16":
         halve_constants(file)
+    file.names_are_unique()
     content = file.to_bytes()
     try_once(content, {spec.name: sample.numpy() for spec, sample in zip(job.inputs, samples, strict=True)})
     return content

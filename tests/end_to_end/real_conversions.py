@@ -97,7 +97,7 @@ def targets(*names: str) -> list[str]:
 
 JOBS = {
     "vit": images("vit", 2000, [*devices(*DEVICES), "--effort=fast"]),
-    "resnet20": images("resnet20", 2000, devices(*DEVICES)),
+    "resnet20": images("resnet20", 2000, [*devices(*DEVICES), "--effort=fast"]),
     "vit-int8": images("vit", 2000, devices("raspberry-pi-4b") + targets("tflite", "onnx"), recipe="int8"),
     "resnet20-all-targets": images(
         "resnet20", 500, [*devices(*DEVICES), *targets(*TARGETS), "--effort=fast"], hash_seed=1
