@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import Said, Tightfit, command, contents, in_own_process
 
-from convert import pipeline
+from convert import artifact
 
 CONVERT = "convert net.pt2 -d generic-x86 --recipe float32 -o deep/out"
 FULL = "the disk is full. Nothing was left behind. Free some space, or name another disk with -o."
@@ -82,7 +82,7 @@ def test_a_stop_after_the_artifact_is_written_is_clean(
         os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(pipeline, "_judged", interrupted)
+    monkeypatch.setattr(artifact, "_judged", interrupted)
     said = tightfit(f"{CONVERT} --calibration cal.npz")
     assert (said.code, said.out) == (130, "")
     assert said.err.endswith("stopped; nothing was left behind.\n")
