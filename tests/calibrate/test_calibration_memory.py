@@ -37,7 +37,7 @@ print(int(status["VmHWM"].split()[0]))
 
 
 def peak(count: int, keep: str = "forget") -> int:
-    """Peak memory [KiB] of a child that calibrates on `count` images; with "keep" it also keeps a tensor of every batch.
+    """Peak memory [KiB] of a child that calibrates on `count` images; with "keep" it keeps a tensor of every batch too.
 
     Not ru_maxrss: that is never below what the parent held when it started the child.
     """
