@@ -74,7 +74,7 @@ def study(model: str, target: str, recipe: str, folder: Path, options: argparse.
 
     def row(what: str, made: Decision) -> tuple[float, str]:
         start = time.process_time()
-        score = judge.score(builder.build(made).graph)
+        score = judge.score(builder.build(made).graph, decision.adder)
         return score, f"| {model} | {recipe} ({target}) | {what} | {score:.1f} | {time.process_time() - start:.0f} |"
 
     base, line = row("plain", plain)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from table import Quality, Row
@@ -25,8 +26,9 @@ Samples = dict[str, np.ndarray]
 MIB = 1024 if sys.platform != "darwin" else 2**20  # in units of ru_maxrss
 
 
-def onnxruntime_static(twin: Path, samples: Samples, path: Path) -> None:
-    """Static int8 in QDQ form, weights per channel, after the preparation its documentation asks for."""
+def onnxruntime_static(twin: Path, samples: Samples, path: Path, **kinds: Any) -> None:
+    """Static int8 in QDQ form, weights per channel, after the preparation its documentation asks for; `kinds` are other
+    arguments of its quantize_static."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -39,14 +41,18 @@ def onnxruntime_static(twin: Path, samples: Samples, path: Path) -> None:
 
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(twin, prepared)
-    quantize_static(prepared, path, Reader(), per_channel=True)
+    quantize_static(prepared, path, Reader(), per_channel=True, **kinds)
 
 
-def onnxruntime_dynamic(twin: Path, samples: Samples, path: Path) -> None:
-    """Int8 weights, activations quantized at run time."""
+def onnxruntime_dynamic(twin: Path, samples: Samples, path: Path, **kinds: Any) -> None:
+    """Int8 weights, activations quantized at run time; `kinds` are other arguments of its quantize_dynamic.
+
+    What its shape inference does not know, behind operators of its own runtime, is told to be float.
+    """
+    import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(twin, path)
+    quantize_dynamic(twin, path, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT}, **kinds)
 
 
 def ai_edge_static(twin: Path, samples: Samples, path: Path) -> None:

@@ -19,11 +19,20 @@ from pathlib import Path
 
 import models
 import numpy as np
-from peers import OnnxSession, Samples, ai_edge_dynamic, ai_edge_static, one_by_one, onnxruntime_static
+from peers import (
+    OnnxSession,
+    Samples,
+    ai_edge_dynamic,
+    ai_edge_static,
+    one_by_one,
+    onnxruntime_dynamic,
+    onnxruntime_static,
+)
 
 import targets
 from convert.drift import Drift, classifies
 from convert.host import cpu_name, system, versions
+from targets._onnx_exact import saturates
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 7
@@ -73,34 +82,16 @@ CASES = (
 
 def onnxruntime_u8s8(twin: Path, samples: Samples, path: Path) -> None:
     """Static int8 with unsigned activations, weights per channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization import QuantType
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = one_by_one(samples)
-
-        def get_next(self) -> Samples | None:
-            return next(self.feeds, None)
-
-    prepared = path.with_suffix(".prepared.onnx")
-    quant_pre_process(twin, prepared)
-    quantize_static(
-        prepared, path, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
-    )
+    onnxruntime_static(twin, samples, path, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
 
 
-def onnxruntime_dynamic(twin: Path, samples: Samples, path: Path) -> None:
-    """Int8 weights per channel, activations at run time; stale shapes that its own checks stumble over are dropped."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def onnxruntime_per_channel(twin: Path, samples: Samples, path: Path) -> None:
+    """Dynamic int8 with signed weights per channel."""
+    from onnxruntime.quantization import QuantType
 
-    model = onnx.load(twin)
-    del model.graph.value_info[:]
-    stripped = path.with_suffix(".stripped.onnx")
-    onnx.save(model, stripped)
-    kinds = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # behind operators that its shape inference does not know
-    quantize_dynamic(stripped, path, per_channel=True, weight_type=QuantType.QInt8, extra_options=kinds)
+    onnxruntime_dynamic(twin, samples, path, per_channel=True, weight_type=QuantType.QInt8)
 
 
 def hqq(twin: Path, samples: Samples, path: Path) -> None:
@@ -123,7 +114,7 @@ def ai_edge_dynamic4(twin: Path, samples: Samples, path: Path) -> None:
 PEERS: dict[str, Callable[[Path, Samples, Path], None]] = {
     "onnxruntime static S8S8": onnxruntime_static,
     "onnxruntime static U8S8": onnxruntime_u8s8,
-    "onnxruntime dynamic per channel": onnxruntime_dynamic,
+    "onnxruntime dynamic per channel": onnxruntime_per_channel,
     "hqq 4 bits": hqq,
     "ai-edge-quantizer static": ai_edge_static,
     "ai-edge-quantizer dynamic": ai_edge_dynamic,
@@ -239,9 +230,7 @@ def _tightfit(case: Case, calibration: Path, evaluation: Path, out: Path) -> tup
 
 def device(case: Case) -> str:
     """The profile that fits this machine: without VNNI weights of 8 bits would saturate in silence."""
-    flags = Path("/proc/cpuinfo")
-    vnni = flags.exists() and "vnni" in flags.read_text()
-    return ("generic-x86-vnni" if vnni else "generic-x86") if case.device == "x86" else case.device
+    return ("generic-x86" if saturates() else "generic-x86-vnni") if case.device == "x86" else case.device
 
 
 def _environment() -> dict[str, str]:

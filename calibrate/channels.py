@@ -128,25 +128,36 @@ def scales(node: Node) -> bool:
     return kind(node) in ("mul", "div") and isinstance(node.args[0], Node) and isinstance(node.args[1], int | float)
 
 
-class _Labelled(Interpreter):
-    """Runs the graph with labels beside the values."""
+class LabelledRun(Interpreter):
+    """Runs the graph with a tensor of labels beside each value that `labels_of` gives one."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=True)
-        self.found = Channels()
         self.labels: dict[Node, Any] = {}
-        self.next = 1
+
+    def labels_of(self, n: Node, value: Any) -> Any:
+        """The labels of `n`'s value, from those of what it reads (`self.labels`); None where it has none."""
+        raise NotImplementedError
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        labels = self._labels(n, value)
+        labels = self.labels_of(n, value)
         if labels is not None:
             self.labels[n] = labels
         for old in self.user_to_last_uses.get(n, ()):
             self.labels.pop(old, None)
         return value
 
-    def _labels(self, n: Node, value: Any) -> Any:
+
+class _Labelled(LabelledRun):
+    """Every channel that a layer makes has a label of its own."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__(graph)
+        self.found = Channels()
+        self.next = 1
+
+    def labels_of(self, n: Node, value: Any) -> Any:
         what = kind(n)
         if n.op != "call_function" or what == "shape":
             return None

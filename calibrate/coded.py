@@ -11,8 +11,6 @@ from . import qdq
 from .graph import add_constant, constant, is_constant, kind, layer_name
 from .weights import spread
 
-DYNAMIC = (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D)
-
 
 @dataclass(frozen=True)
 class CodedLayer:
@@ -121,26 +119,17 @@ def coded(node: Node) -> CodedLayer | None:
     """`node` as a layer with a coded weight; None for anything else (float layers, tables, palettes, 8-bit floats)."""
     if node.op != "call_function" or kind(node) not in ("conv", "linear"):
         return None
-    if node.target in DYNAMIC:
-        bits = next((a for a in reversed(node.args) if isinstance(a, int)), 8) if isinstance(node.args[-1], int) else 8
-        low, high = (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        codes, scales = node.args[1:3]
-        assert isinstance(codes, Node)
-        assert isinstance(scales, Node)
-        return CodedLayer(node, codes, scales, low, high, True)
-    weight = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(weight, Node) or weight.target not in (qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP):
+    dynamic = node.target in qdq.DYNAMIC
+    weight = node if dynamic else node.args[1] if len(node.args) > 1 else None
+    bounds = qdq.code_range(weight) if isinstance(weight, Node) else None
+    if bounds is None or not isinstance(weight, Node):
         return None
-    codes, scales = weight.args[:2]
-    first = 4 if weight.target is qdq.DEQUANTIZE_CHANNEL else 3
-    low, high = weight.args[first : first + 2]
+    codes, scales = weight.args[1:3] if dynamic else weight.args[:2]
     if not (is_constant(codes) and is_constant(scales)):
         return None
     assert isinstance(codes, Node)
     assert isinstance(scales, Node)
-    assert isinstance(low, int)
-    assert isinstance(high, int)
-    return CodedLayer(node, codes, scales, low, high, False)
+    return CodedLayer(node, codes, scales, *bounds, dynamic)
 
 
 def coded_layers(graph: GraphModule) -> Iterator[CodedLayer]:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LOW, HIGH = -32768, 32767
-
 
 def multiplier(real: float) -> tuple[int, int]:
     """`real` as (mantissa in [2^30, 2^31), exponent): real = mantissa / 2^31 * 2^exponent; (0, 0) for 0."""

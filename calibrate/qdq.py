@@ -30,6 +30,7 @@ Beside ATen as `torch.export` gives it, a graph may hold:
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 OPS = torch.ops.quantized_decomposed
 QUANTIZE = OPS.quantize_per_tensor.default
@@ -187,5 +188,36 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 LOOKUP = torch.ops.tightfit.lookup.default
 QUANTIZE_FLOAT8 = torch.ops.tightfit.quantize_float8.default
 DEQUANTIZE_FLOAT8 = torch.ops.tightfit.dequantize_float8.default
+DYNAMIC = (DYNAMIC_LINEAR, DYNAMIC_CONV2D)
 # What stands between a stored weight and the layer that reads it.
 EXPANDING = (DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP, LOOKUP, DEQUANTIZE_FLOAT8)
+
+
+def code_range(node: Node) -> tuple[int, int] | None:
+    """The least and largest weight code that `node` reads: a dynamic layer, or what dequantizes a weight; else None."""
+    if node.target in DYNAMIC:
+        after_scheme = next(i for i, a in enumerate(node.args) if isinstance(a, str)) + 1
+        bits = node.args[after_scheme] if len(node.args) > after_scheme else node.kwargs.get("bits", 8)
+        assert isinstance(bits, int)
+        return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if node.target not in (DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP):
+        return None
+    first = 4 if node.target is DEQUANTIZE_CHANNEL else 3
+    low, high = node.args[first : first + 2]
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    return low, high
+
+
+def code_bits(node: Node) -> int | None:
+    """How many bits a file gives each weight code that `node` reads; None where it reads none."""
+    found = code_range(node)
+    return None if found is None else bits_of(*found)
+
+
+def stray_codes(graph: GraphModule) -> str | None:
+    """What is wrong where static codes are read by something other than their dequantize; None where nothing is."""
+    for node in graph.graph.nodes:
+        if node.target is QUANTIZE and any(u.target is not DEQUANTIZE for u in node.users):
+            return f"{node.name} is read by something other than a dequantize"
+    return None

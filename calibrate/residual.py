@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from .affine import layer_of
-from .channels import few, moved, moves, plain
+from .channels import LabelledRun, few, moved, moves, plain
 from .graph import is_constant, is_weighted, kind, layer_name
 
 # Tensor -> (how many axes it has, which of them holds the stream's channels, in order).
@@ -154,31 +154,25 @@ def channel_axes(graph: GraphModule, inputs: list[Tensor], width: int) -> Axes:
     return run.axes
 
 
-class _Axes(Interpreter):
-    """Runs the graph with, beside each value, the number of the channel that every element belongs to, from 1."""
+class _Axes(LabelledRun):
+    """Every element's label is the number, from 1, of the channel that it belongs to."""
 
     def __init__(self, graph: GraphModule, width: int) -> None:
-        super().__init__(graph, garbage_collect_values=True)
+        super().__init__(graph)
         self.width = width
-        self.labels: dict[Node, Any] = {}
         self.axes: Axes = {}
 
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        labels = self._labels(n, value)
+    def labels_of(self, n: Node, value: Any) -> Any:
+        labels = self._channels(n, value)
         if isinstance(labels, Tensor):
             axis = self._axis(labels)
             if axis is not None:
                 self.axes[n] = (labels.dim(), axis)
         elif isinstance(labels, tuple | list):
             self.axes[n] = (0, 0)  # several tensors, each looked at where it is taken
-        if labels is not None:
-            self.labels[n] = labels
-        for old in self.user_to_last_uses.get(n, ()):
-            self.labels.pop(old, None)
-        return value
+        return labels
 
-    def _labels(self, n: Node, value: Any) -> Any:
+    def _channels(self, n: Node, value: Any) -> Any:
         what = kind(n)
         if moves(n):
             return moved(n, self.labels, self.env)

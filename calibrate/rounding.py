@@ -1,5 +1,6 @@
 """What steps that round weights anew share: scales by importance, judgement on samples kept aside, and storing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,12 +10,15 @@ from torch.fx import GraphModule
 from .coded import CodedLayer, coded
 from .graph import constant
 from .hessian import Refit
-from .layer_problem import LayerProblem
+from .layer_problem import LayerProblem, own_bias, problem, refusal
+from .lockstep import Visit, walk
 from .plan import Entry, Plan, WeightFormat
+from .steps import Context
 from .weights import fitted_scales
 
 # Below this share of the mean no column's importance falls: a column that the samples hardly used may be used in life.
 LEAST_IMPORTANCE = 0.01
+COMPUTED = "its bias is computed, not constant"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,31 @@ def settle(graph: GraphModule, made: LayerProblem, proposal: Rounded, goal: Tens
     elif layer.bias is not None and plan.int32_bias:  # another scale makes another step of the kernel's bias
         layer.set_bias(graph, bias, True)
     return Entry(step, layer.name, f"{layer.bits}-bit codes, output error {before:.3g} to {after:.3g}")
+
+
+def round_layers(
+    step: str, graph: GraphModule, context: Context, choose: Callable[[LayerProblem], Entry], own_biases: bool = False
+) -> list[Entry]:
+    """Walk beside the float graph and let `choose` round each layer anew; what makes no problem is left alone.
+
+    `own_biases`: layers whose bias is computed are left alone too.
+    """
+    reference = context.float_graph
+    assert reference is not None
+    ledger: list[Entry] = []
+
+    def visit(found: Visit) -> None:
+        reason = refusal(graph, reference, found)
+        if reason is None and own_biases and not own_bias(found.layer):
+            reason = COMPUTED
+        if reason is None:
+            ledger.append(choose(problem(graph, reference, found, context.seed + len(ledger))))
+        else:
+            ledger.append(Entry(step, found.layer.name, "left alone", reason))
+        context.progress(step, len(ledger))
+
+    walk(reference, graph, context.few_batches(), visit)
+    return ledger or [Entry(step, "model", "left alone", "no layer of it has coded weights")]
 
 
 def codes_out_of_range(graph: GraphModule) -> str | None:

@@ -18,10 +18,8 @@ HALF_MAX = 65504.0
 WHOLE = 4 * torch.finfo(torch.float32).eps
 # How a kernel adds two int8 tensors of different scales: in float32 as ONNX Runtime, in fixed point as XNNPACK.
 Adder = Literal["float", "fixed_point"]
-
-
 # What turns numbers into codes.
-_ROUNDS = (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D, qdq.QUANTIZE_FLOAT8)
+ROUNDS = (qdq.QUANTIZE, *qdq.DYNAMIC, qdq.QUANTIZE_FLOAT8)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Simulation(Interpreter):
             if self._sixteen(self._outputs[n]):
                 write = _mean_codes16 if _is_mean(n) else _add_codes16
             self._codes[n] = write(n, args, self._outputs[n])
-        if self._jitter and n.target in _ROUNDS:
+        if self._jitter and n.target in ROUNDS:
             noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
             args = (args[0] * (1 + self._jitter * noise), *args[1:])
             if n not in self._dynamic:

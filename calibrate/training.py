@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from . import qdq
-from .coded import DYNAMIC, CodedLayer, coded, set_constant
+from .coded import CodedLayer, coded, set_constant
 from .graph import constant, kind
 from .plan import Plan
 from .ranges import SMALLEST_FLOAT, SMALLEST_HALF
@@ -91,7 +91,7 @@ class Runner:
         return env
 
     def _value(self, node: Node) -> Any:
-        if node in self.given and node.target not in DYNAMIC:
+        if node in self.given and node.target not in qdq.DYNAMIC:
             return self.given[node]()
         if node in self._fixed:
             return self._fixed[node]
@@ -100,7 +100,7 @@ class Runner:
             return self._quantize(node, args)
         if node.target is qdq.DEQUANTIZE:
             return args[0]
-        if node.target in DYNAMIC:
+        if node.target in qdq.DYNAMIC:
             return self._dynamic(node, args)
         if node.target is qdq.QUANTIZE_FLOAT8:
             with torch.no_grad():

@@ -7,7 +7,6 @@ from convert import recipes
 from convert.capture import Captured
 from convert.costs import costs
 from convert.planning import Decision, decide, keeping_float, planned
-from convert.report.schema import Latency
 from device_profiles import DeviceProfile
 
 # A layer with less than this share of the model's work gains less from integer kernels than its conversions cost.
@@ -45,10 +44,3 @@ def run_like_device(profile: DeviceProfile, decision: Decision) -> bool:
     """Whether a time on this machine speaks for the device: its architecture, and a runtime that runs here as there."""
     here = platform.machine() in MACHINES.get(profile.cpu.arch, ())
     return here and decision.rules.runtime in ("onnxruntime", "litert")
-
-
-def slower_than_float(latency: Latency | None) -> bool:
-    """Whether a timing says so beyond what it leaves open; an unstable one says nothing."""
-    if latency is None or latency.speedup is None or latency.ratio_interval is None or not latency.stable:
-        return False
-    return latency.speedup < 1 and latency.ratio_interval[1] < 1

@@ -8,9 +8,9 @@ from typing import Any
 import targets
 from calibrate.samples import InputSpec
 from convert import host, mixed, output
-from convert.alternatives import alternatives, run_like_device, slower_than_float
+from convert.alternatives import alternatives, run_like_device
 from convert.automatic import improve
-from convert.compress import Builder, Compressed
+from convert.compress import Compressed
 from convert.errors import TightfitError
 from convert.evaluation import Judged, judge
 from convert.gates import evaluate
@@ -53,49 +53,54 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     )
     result = result.model_copy(update={"gates": tuple(evaluate(result, options.budget))})
     _manifest(run, home, result, path, kept_twin)
+    run.builder.forget_trials(made.decision.plan.steps)
     return result
 
 
 def _fastest(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> Lowered:
     """The artifact of the plan asked for; with `auto`, where times here count, the first not slower than float."""
-    builder = run.builder
-    tried: list[str] = []
+    slow: list[str] = []
+    asked = _budgets(run) != mixed.Budgets()  # a budget says what is wanted: no other plan takes its place
     for decision in alternatives(run.captured, profile, target_name, run.options.recipe):
-        made = _compressed(run, builder, decision, path)
-        found = _lowered(run, target_name, made, path)
-        speedup = found.latency.speedup if found.latency else None
-        if not decision.automatic or not run_like_device(profile, decision) or not slower_than_float(found.latency):
+        found = _lowered(run, target_name, _compressed(run, decision, path), path)
+        latency = found.latency
+        if slow:
+            note = f"Instead of what the profile prefers: {'; '.join(slow)}."
+            found = replace(found, made=replace(found.made, notes=(*found.made.notes, note)))
+        counts = decision.automatic and not asked and run_like_device(profile, decision)
+        if not counts or latency is None or not (latency.stable and latency.surely_slower):
             break
-        tried.append(f"{decision.recipe.removeprefix('auto: ')} was measured at {speedup:.2f}x of float's speed here")
-    if tried and found.made.decision.recipe not in tried:
-        note = f"Instead of what the profile prefers: {'; '.join(tried)}."
-        found = replace(found, made=replace(found.made, notes=(*found.made.notes, note)))
+        label = decision.recipe.removeprefix("auto: ")
+        slow.append(f"{label} was measured at {latency.speedup:.2f}x of float's speed here")
     return found
 
 
-def _compressed(run: Run, builder: Builder, decision: Decision, path: Path) -> Compressed:
+def _budgets(run: Run) -> mixed.Budgets:
+    return mixed.Budgets(run.options.budget_mib, run.options.budget_ms)
+
+
+def _compressed(run: Run, decision: Decision, path: Path) -> Compressed:
     """Apply a decision: as it stands, improved where it is `auto`'s, layer by layer under a budget."""
     options, target_name = run.options, decision.rules.target
     run.progress.advance(0, None, "calibrate")
     limits = options.budget.limits(path.parent.name, target_name)
     goal = max(AUTO_FLOOR_DB, limits.get("min_sqnr_db", 0.0))
-    budgets = mixed.Budgets(options.budget_mib, options.budget_ms)
-    if mixed.quantizes_mixed(decision, budgets):
+    if mixed.quantizes_mixed(decision, _budgets(run)):
 
-        def timed(made: Compressed) -> float:
-            found = _lowered(run, target_name, made, path)
-            if found.latency is None:
+        def trial(made: Compressed, timed: bool) -> mixed.Trial:
+            found = _lowered(run, target_name, made, path, timed)
+            if timed and found.latency is None:
                 raise TightfitError(f"--budget-ms can't be met: {found.note}.")
-            return found.latency.p50_ms
+            return mixed.Trial(targets.artifact_bytes(path), found.latency.p50_ms if found.latency else None)
 
-        return mixed.search(builder, mixed.mixed_decision(decision), budgets, goal, timed)
+        return mixed.search(run.builder, mixed.mixed_decision(decision), _budgets(run), goal, trial)
     if decision.floor_db is None:
-        return builder.build(decision)
-    return improve(builder, decision, goal, options.effort)
+        return run.builder.build(decision)
+    return improve(run.builder, decision, goal, options.effort)
 
 
-def _lowered(run: Run, target_name: str, made: Compressed, path: Path) -> Lowered:
-    """Write the artifact to `path`, in place of an earlier one, open it and time it beside float."""
+def _lowered(run: Run, target_name: str, made: Compressed, path: Path, timed: bool = True) -> Lowered:
+    """Write the artifact to `path`, in place of an earlier one, open it and, where `timed`, time it beside float."""
     target = targets.find(target_name)
     _remove(path)
     job = _job(run, made.decision, made)
@@ -103,7 +108,7 @@ def _lowered(run: Run, target_name: str, made: Compressed, path: Path) -> Lowere
     target.lower(job, path)
     twin = _twin(run, target, job, made.decision)
     session = target.open(path, threads=run.options.threads)
-    latency, note = _latency(run, target, session, twin)
+    latency, note = _latency(run, target, session, twin) if timed else (None, "not asked for")
     return Lowered(made, job, session, twin, latency, note)
 
 

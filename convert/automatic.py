@@ -1,7 +1,8 @@
 """The recipe `auto`: cheap steps that help are kept, heavier ones follow only while the drift goal is missed.
 
 What helps is judged on calibration samples that the steps did not look at, by the simulation of the whole model:
-scores of single layers mislead. Choices depend on numbers, never on the clock: the same input gives the same file.
+scores of single layers mislead. Choices here depend on numbers, not on the clock: the same input gives the same file,
+where no step was stopped by a time limit of its own.
 """
 
 from collections.abc import Iterable

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from calibrate import steps
+from calibrate import qdq, steps
 from calibrate.graph import clone, run
 from calibrate.histogram import Histogram
 from calibrate.plan import Entry, Plan, QParams
 from calibrate.samples import Batch, CalibrationSet, InputSpec
-from calibrate.simulation import simulate
+from calibrate.simulation import Adder, simulate
 from convert.capture import Captured
 from convert.drift import Drift
 from convert.planning import Decision
 
 Progress = Callable[[str, int], None]
 Effort = Literal["fast", "normal", "max"]
+Outputs = tuple[Tensor, ...]
 # Samples for what is dear per sample: the race of observers, layers that are changed one after the other.
 FEW = 64
 # Samples that judge whether a change helped: the last of the calibration set, the few above are the first.
@@ -101,10 +102,11 @@ class Builder:
         progress: Progress = lambda what, done: None,
         effort: Effort = "normal",
         seed: int = 0,
+        batch: int = 1,
     ) -> None:
         self.captured, self.data, self.progress, self.effort, self.seed = captured, data, progress, effort, seed
         self._prefixes: dict[Any, _Prefix] = {}
-        self._judge = Judge(captured, data)
+        self._judge = Judge(captured, data, batch)
 
     def build(self, decision: Decision) -> Compressed:
         """Apply the decision's steps, each to a graph of its own."""
@@ -118,6 +120,11 @@ class Builder:
             ledger += steps.apply(name, graph, context)
             stages.append((name, graph))
         return Compressed(graph, tuple(stages), tuple(ledger), decision)
+
+    def forget_trials(self, kept: tuple[str, ...]) -> None:
+        """Drop the graphs of exact steps that were tried and did not become the beginning of `kept`: each may hold the
+        model's weights once more."""
+        self._prefixes = {k: p for k, p in self._prefixes.items() if kept[: len(k[0])] == k[0]}
 
     def look(self, step: str, plan: Plan) -> list[Entry]:
         """What a step that changes nothing says of the graph before `plan` quantizes it."""
@@ -159,7 +166,7 @@ class Builder:
 
     def score(self, made: Compressed) -> float:
         """How close the simulation is to float on the last samples of the calibration set, in dB: see `Judge.score`."""
-        return self._judge.score(made.graph)
+        return self._judge.score(made.graph, made.decision.adder)
 
     @property
     def judge(self) -> "Judge":
@@ -179,14 +186,20 @@ def _patient(plan: Plan, effort: Effort) -> dict[str, Mapping[str, Any]]:
     return found
 
 
+def depends_on_company(graph: GraphModule) -> bool:
+    """Whether a sample's numbers depend on the others in its batch: where one range at run time serves all of them."""
+    return any(n.target in qdq.DYNAMIC and "tensor_uint8" in n.args for n in graph.graph.nodes)
+
+
 class Judge:
     """How far a graph's simulation is from float on the last `JUDGED` samples of a calibration set.
 
-    Where the set has at least twice as many, none of them serves a step that looks at few samples.
+    Where the set has at least twice as many, none of them serves a step that looks at few samples. `batch`: the
+    artifact's.
     """
 
-    def __init__(self, captured: Captured, data: CalibrationSet) -> None:
-        self.captured = captured
+    def __init__(self, captured: Captured, data: CalibrationSet, batch: int = 1) -> None:
+        self.captured, self.batch = captured, batch
         count = min(JUDGED, len(data))
         fixed = batch_size(captured, 1)
         count = max(fixed, count // fixed * fixed)
@@ -209,19 +222,25 @@ class Judge:
         """What the float graph makes of them."""
         return self._expected
 
-    def score(self, graph: GraphModule) -> float:
+    def score(self, graph: GraphModule, adder: Adder = "float") -> float:
         """The lesser of the SQNR over everything and that of the mean relative error of a sample, dB; -inf: undefined.
 
         The first alone is blind to what happens to samples of small outputs; the second is what a mean cosine sees:
         20 dB is a cosine of 0.995.
         """
         drift, each = Drift(classifies=False), _Each()
-        call = simulate(graph)
+        call = simulate(graph, adder=adder)
         for inputs, expected in zip(self._inputs, self._expected, strict=True):
-            got = call(inputs)
+            got = self._in_company(call, inputs) if depends_on_company(graph) else call(inputs)
             drift.add(self._named(expected), self._named(got))
             each.add(expected, got)
         return -math.inf if math.isnan(drift.sqnr_db) else min(drift.sqnr_db, each.db)
+
+    def _in_company(self, call: Callable[[Iterable[Tensor]], tuple[Tensor, ...]], inputs: list[Tensor]) -> Outputs:
+        """What `call` makes of the samples in batches of the artifact's size."""
+        size = batch_size(self.captured, self.batch)
+        parts = [call([t[i : i + size] for t in inputs]) for i in range(0, len(inputs[0]), size)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _named(self, values: tuple[Tensor, ...]) -> Batch:
         return {n: v.numpy() for n, v in zip(self.captured.outputs, values, strict=True) if v.is_floating_point()}

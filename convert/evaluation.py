@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from calibrate import qdq
 from calibrate.graph import kind, layer_name, run
 from calibrate.samples import Batch, CalibrationSet
-from calibrate.simulation import Adder, Simulation, simulate
+from calibrate.simulation import ROUNDS, Adder, Simulation, simulate
 from convert.capture import Captured
-from convert.compress import Compressed, batch_size, tensors
+from convert.compress import Compressed, batch_size, depends_on_company, tensors
 from convert.drift import Drift, OutputDrift, classifies, top1
 from targets import Session
 
@@ -65,8 +65,7 @@ def graph_runner(
     def once(batch: Batch) -> Batch:
         return _named(captured, call(tensors(batch, captured.inputs)))
 
-    dynamic = any(n.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D) for n in graph.graph.nodes)
-    return _sliced(once, artifact_batch) if dynamic else once
+    return _sliced(once, artifact_batch) if depends_on_company(graph) else once
 
 
 def _sliced(run_slice: Runner, size: int) -> Runner:
@@ -123,7 +122,7 @@ def judge(
     `keep(what, batch)` is offered the inputs ("input"), the float outputs ("float") and the artifact's ("artifact").
     """
     compute = compressed.decision.compute
-    adder: Adder = "fixed_point" if compressed.decision.rules.runtime == "litert" else "float"
+    adder = compressed.decision.adder
     reference = float_runner(captured)
     runners: dict[str, Runner] = {}
     for name, graph in compressed.stages[:-1]:
@@ -182,8 +181,7 @@ def _count(judged: Judged, expected: Batch, got: Batch, labels: NDArray | None) 
 
 
 def _quantizes_activations(graph: GraphModule) -> bool:
-    kinds = (qdq.QUANTIZE, qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D)
-    return any(n.target in kinds for n in graph.graph.nodes)
+    return any(n.target in ROUNDS for n in graph.graph.nodes)
 
 
 def output_step(graph: GraphModule) -> float | None:

@@ -8,10 +8,9 @@ from typing import NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from calibrate import qdq, steps
-from calibrate.coded import coded
 from calibrate.graph import clone, constant, kind, layer_name
 from calibrate.placement import place
 from calibrate.plan import Entry, Plan
@@ -262,18 +261,8 @@ def _estimate(graph: GraphModule, decision: Decision) -> int:
         if all("dequantize_per_channel" in str(u.target) and u.args[2] is node for u in node.users):
             continue
         if value.dtype == torch.int8:
-            total += value.numel() * min(_bits(u, node) for u in node.users) // 8
+            total += value.numel() * min(qdq.code_bits(u) or 8 for u in node.users) // 8
             continue
         halved = decision.compute == "float16" and str(value.dtype) == "torch.float32"
         total += value.nbytes // 2 if halved else value.nbytes
     return total
-
-
-def _bits(user: Node, codes: Node) -> int:
-    """Bits per code of a weight, as the node that reads it says."""
-    if user.target is qdq.DEQUANTIZE_CHANNEL:
-        return qdq.bits_of(*user.args[4:6])
-    if user.target is qdq.DEQUANTIZE_GROUP:
-        return qdq.bits_of(*user.args[3:5])
-    found = coded(user)
-    return found.bits if found is not None and found.codes is codes else 8

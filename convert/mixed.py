@@ -5,7 +5,6 @@ relative squared error else); the choice is an integer linear programme (as in H
 single layers mislead, so several plans are built whole and judged by the simulation; the best of those counts.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -46,8 +45,6 @@ SWEEP = 6
 ROUNDS = 4
 CHOSEN = "chosen by mixed precision: in codes it costs more than its share of the budget brings"
 
-Measure = Callable[[Compressed], float]
-
 
 @dataclass(frozen=True)
 class Budgets:
@@ -55,6 +52,23 @@ class Budgets:
 
     mib: float | None = None
     ms: float | None = None
+
+    def said(self, mib: str, ms: str) -> str:
+        """The limits that there are, in these words: {} is the number."""
+        found = [(mib, self.mib), (ms, self.ms)]
+        return " and ".join(text.format(f"{value:g}") for text, value in found if value is not None)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one plan's artifact was measured to take: bytes on disk, and milliseconds at the median where asked for."""
+
+    bytes: int
+    ms: float | None
+
+
+# Lowers a plan; the flag asks for its time too.
+Try = Callable[[Compressed, bool], Trial]
 
 
 @dataclass(frozen=True)
@@ -70,21 +84,17 @@ class Table:
 
 
 def search(
-    builder: Builder, decision: Decision, budgets: Budgets, goal_db: float, measure: Measure | None = None
+    builder: Builder, decision: Decision, budgets: Budgets, goal_db: float, trial: Try | None = None
 ) -> Compressed:
     """The plan with the least drift inside the budgets; without any, the smallest that holds `goal_db`.
 
-    `measure` gives the median milliseconds of a plan's artifact. Raises TightfitError where no plan fits.
+    `trial` lowers and measures a plan; a budget needs it. Raises TightfitError where no plan fits.
     """
-    options = _options(decision)
-    table = _table(builder, decision, options)
-    if budgets.ms is not None:
-        if measure is None:
-            raise TightfitError("--budget-ms needs a format that runs on this machine; Core ML does on a Mac.")
-        return _within_time(builder, decision, table, budgets, measure)
-    if budgets.mib is not None:
-        return _within_size(builder, decision, table, budgets.mib)
-    return _smallest(builder, decision, table, goal_db)
+    table = _table(builder, decision, _options(decision))
+    if budgets == Budgets():
+        return _smallest(builder, decision, table, goal_db)
+    assert trial is not None
+    return _within(builder, decision, table, budgets, trial)
 
 
 def _options(decision: Decision) -> tuple[str, ...]:
@@ -214,23 +224,26 @@ def _kl(wanted: Tensor, got: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(1)
 
 
-def solve(table: Table, costs_: np.ndarray, limit: float, banned: Iterable[np.ndarray] = ()) -> np.ndarray | None:
-    """For each layer the column with the least total score whose total cost stays within `limit`; None: there is none.
+def solve(
+    table: Table, limits: Iterable[tuple[np.ndarray, float]], banned: Iterable[np.ndarray] = ()
+) -> np.ndarray | None:
+    """For each layer the column with the least total score within every limit; None where there is none.
 
-    `costs_` [layers, options]. `banned`: choices that must differ in at least one layer (no-good cuts).
+    `limits`: (cost of each layer in each option, what their sum may be). `banned`: choices that must differ in at least
+    one layer (no-good cuts).
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     rows, columns = table.scores.shape
-    one_each = np.kron(np.eye(rows), np.ones(columns))
-    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(costs_.reshape(1, -1), -np.inf, limit)]
+    constraints = [LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1)]
+    constraints += [LinearConstraint(costs_.reshape(1, -1), -np.inf, limit) for costs_, limit in limits]
     for choice in banned:
         cut = np.zeros((rows, columns))
         cut[np.arange(rows), choice] = 1
-        limits.append(LinearConstraint(cut.reshape(1, -1), -np.inf, rows - 1))
-    # Among equals the cheaper wins.
-    objective = table.scores.reshape(-1) + 1e-9 * costs_.reshape(-1) / max(float(costs_.max()), 1e-30)
-    found = milp(objective, constraints=limits, integrality=np.ones(rows * columns), bounds=Bounds(0, 1))
+        constraints.append(LinearConstraint(cut.reshape(1, -1), -np.inf, rows - 1))
+    # Among equals the smaller wins.
+    objective = table.scores.reshape(-1) + 1e-9 * table.bytes.reshape(-1) / max(float(table.bytes.max()), 1e-30)
+    found = milp(objective, constraints=constraints, integrality=np.ones(rows * columns), bounds=Bounds(0, 1))
     return None if found.x is None else np.round(found.x).reshape(rows, columns).argmax(1)
 
 
@@ -258,34 +271,87 @@ def _tally(table: Table, choice: np.ndarray) -> str:
     return ", ".join(f"{n} layers in {'float' if o == FLOAT else f'{o} bits'}" for o, n in counts if n)
 
 
-def _within_size(builder: Builder, decision: Decision, table: Table, mib: float) -> Compressed:
-    limit = mib * MIB - table.fixed_bytes
+def _within(builder: Builder, decision: Decision, table: Table, budgets: Budgets, trial: Try) -> Compressed:
+    """Solve with estimates, lower and measure the plan, correct the estimates by what was measured, and again.
+
+    Estimated are the bytes beside weights, and each layer's milliseconds: a uniform plan's, shared out by
+    multiply-accumulates. What decides is the file and the time of each whole plan.
+    """
+    room = np.inf if budgets.mib is None else budgets.mib * MIB - table.fixed_bytes
+    if table.bytes.min(1).sum() > room:
+        raise TightfitError(_too_small(table, budgets))
+    times, span = None, np.inf
+    if budgets.ms is not None:
+        times, span = _times(builder, decision, table, trial), budgets.ms
+    best: tuple[float, Compressed] | None = None
+    tried: set[tuple[int, ...]] = set()
+    measured: list[Trial] = []
+    for count in range(ROUNDS):
+        limits = [(table.bytes, room)] * (budgets.mib is not None) + ([] if times is None else [(times, span)])
+        found = _best(builder, decision, table, limits)
+        if found is None or tuple(found[2]) in tried:
+            break
+        score, made, choice = found
+        tried.add(tuple(choice))
+        measured.append(took := trial(made, times is not None))
+        builder.progress("measure plans", count + 1)
+        over = took.bytes - (np.inf if budgets.mib is None else budgets.mib * MIB)
+        late = 0.0 if budgets.ms is None or took.ms is None else took.ms / budgets.ms
+        if over <= 0 and late <= 1:
+            if best is None or score > best[0]:
+                best = score, replace(made, notes=(_note(table, budgets, choice, took, score),))
+            if times is None:
+                break
+        rows = np.arange(len(choice))
+        if over > 0:
+            room = table.bytes[rows, choice].sum() - over
+        if times is not None and late:  # both ways: a plan with time to spare may have wider layers
+            span = times[rows, choice].sum() * 0.98 / late
+    if best is None:
+        raise TightfitError(_none_fits(budgets, measured))
+    return best[1]
+
+
+def _note(table: Table, budgets: Budgets, choice: np.ndarray, took: Trial, score: float) -> str:
+    found = f"{took.bytes / MIB:.3g} MiB" + ("" if took.ms is None else f" and {took.ms:.3g} ms")
+    within = budgets.said("{} MiB", "{} ms")
+    return (
+        f"Mixed precision within {within}: {_tally(table, choice)}; {found} measured here, {score:.1f} dB on "
+        "calibration samples."
+    )
+
+
+def _too_small(table: Table, budgets: Budgets) -> str:
     least = table.bytes.min(1).sum()
-    if least > limit:
-        raise TightfitError(
-            f"no plan fits --budget-mib {mib:g}: the smallest weights of these formats take {least / MIB:.3g} MiB, and "
-            f"what is not quantized another {table.fixed_bytes / MIB:.3g} MiB. Give at least "
-            f"{(least + table.fixed_bytes) / MIB * 1.05:.3g}."
-        )
-    best = _best(builder, decision, table, table.bytes, limit)
-    assert best is not None
-    score, made, choice = best
-    note = f"Mixed precision within {mib:g} MiB: {_tally(table, choice)}; {score:.1f} dB on calibration samples."
-    return replace(made, notes=(note,))
+    return (
+        f"no plan fits --budget-mib {budgets.mib:g}: the smallest weights of these formats take {least / MIB:.3g} MiB, "
+        f"and what is not quantized another {table.fixed_bytes / MIB:.3g} MiB. Give at least "
+        f"{(least + table.fixed_bytes) / MIB * 1.05:.3g}."
+    )
+
+
+def _none_fits(budgets: Budgets, measured: list[Trial]) -> str:
+    """Why no plan was taken, by what the plans tried were measured to be."""
+    asked = budgets.said("--budget-mib {}", "--budget-ms {}")
+    least = [f"the smallest file {min(m.bytes for m in measured) / MIB:.3g} MiB"] if measured else []
+    times = [m.ms for m in measured if m.ms is not None]
+    least += [f"the fastest {min(times):.3g} ms"] if times else []
+    told = f" Of the plans that were measured, {' and '.join(least)}." if least else ""
+    return f"no plan was measured within {asked}.{told} Give a larger budget, or a smaller model."
 
 
 def _best(
-    builder: Builder, decision: Decision, table: Table, costs_: np.ndarray, limit: float
+    builder: Builder, decision: Decision, table: Table, limits: list[tuple[np.ndarray, float]]
 ) -> tuple[float, Compressed, np.ndarray] | None:
     """Of the programme's two best plans and the best uniform one that fits, the one whose simulation is closest."""
     tried: list[np.ndarray] = []
     for _ in range(2):
-        choice = solve(table, costs_, limit, tried)
+        choice = solve(table, limits, tried)
         if choice is not None:
             tried.append(choice)
     for column in reversed(range(len(table.options))):
         uniform = np.full(len(table.layers), column)
-        if costs_[:, column].sum() <= limit:
+        if all(costs_[:, column].sum() <= limit for costs_, limit in limits):
             if not any((uniform == t).all() for t in tried):
                 tried.append(uniform)
             break
@@ -293,12 +359,25 @@ def _best(
     return max(found, key=lambda f: f[0], default=None)
 
 
+def _times(builder: Builder, decision: Decision, table: Table, trial: Try) -> np.ndarray:
+    """Estimated milliseconds of each layer in each option: the measured time of all layers in it, shared out by
+    multiply-accumulates."""
+    whole = []
+    for column in range(len(table.options)):
+        _, made = _built(builder, decision, table, np.full(len(table.layers), column))
+        took = trial(made, True).ms
+        assert took is not None
+        whole.append(took)
+        builder.progress("measure formats", column + 1)
+    return np.outer(table.macs / max(table.macs.sum(), 1.0), np.array(whole))
+
+
 def _smallest(builder: Builder, decision: Decision, table: Table, goal_db: float) -> Compressed:
     """Sweep from the smallest plan up, each judged whole, and take the first that holds the goal."""
     least, most = table.bytes.min(1).sum(), table.bytes[:, table.options.index("8")].sum()
     best = None
     for count, limit in enumerate([*np.geomspace(least * 1.0001, most * 1.0001, SWEEP), table.bytes.max(1).sum()]):
-        choice = solve(table, table.bytes, float(limit))
+        choice = solve(table, [(table.bytes, float(limit))])
         assert choice is not None
         score, made = _built(builder, decision, table, choice)
         builder.progress("mixed", count + 1)
@@ -313,56 +392,9 @@ def _smallest(builder: Builder, decision: Decision, table: Table, goal_db: float
     return best
 
 
-def _within_time(builder: Builder, decision: Decision, table: Table, budgets: Budgets, measure: Measure) -> Compressed:
-    """Measure float and all-8-bit artifacts, share the difference out by multiply-accumulates, solve, measure, correct.
-
-    The shares are an estimate; what decides is the time of each whole plan as measured.
-    """
-    assert budgets.ms is not None
-    anchors = _anchors(builder, decision, table, measure)
-    shares = table.macs / max(table.macs.sum(), 1.0)
-    times = np.outer(shares, np.array([anchors[o] for o in table.options]))
-    limit, best = budgets.ms, None
-    fits = np.inf if budgets.mib is None else budgets.mib * MIB - table.fixed_bytes
-    for count in range(ROUNDS):
-        choice = solve(table, times, limit)
-        if choice is None:
-            break
-        score, made = _built(builder, decision, table, choice)
-        took = measure(made)
-        builder.progress("measure plans", count + 1)
-        small = table.bytes[np.arange(len(choice)), choice].sum() <= fits
-        if took <= budgets.ms and small and (best is None or score > best[0]):
-            note = (
-                f"Mixed precision within {budgets.ms:g} ms: {_tally(table, choice)}; {took:.3g} ms measured here, "
-                f"{score:.1f} dB on calibration samples."
-            )
-            best = (score, replace(made, notes=(note,)))
-        if took <= budgets.ms:
-            break
-        limit *= 0.98 * budgets.ms / took
-    if best is None:
-        fastest = min(anchors.values())
-        raise TightfitError(
-            f"no plan was measured within --budget-ms {budgets.ms:g}: float takes {anchors[FLOAT]:.3g} ms here, the "
-            f"fastest uniform plan {fastest:.3g} ms. Give a larger budget, a smaller model, or a faster device."
-        )
-    return best[1]
-
-
-def _anchors(builder: Builder, decision: Decision, table: Table, measure: Measure) -> dict[str, float]:
-    """Milliseconds of the artifact with every layer in one option, option by option."""
-    found = {}
-    for column, option in enumerate(table.options):
-        _, made = _built(builder, decision, table, np.full(len(table.layers), column))
-        found[option] = math.inf if made is None else measure(made)
-        builder.progress("measure formats", column + 1)
-    return found
-
-
 def quantizes_mixed(decision: Decision, budgets: Budgets) -> bool:
     """Whether layers get formats of their own: the recipe says so, or `auto` has a budget to meet."""
-    return decision.search == "mixed" or (decision.automatic and (budgets.mib, budgets.ms) != (None, None))
+    return decision.search == "mixed" or (decision.automatic and budgets != Budgets())
 
 
 def mixed_decision(decision: Decision) -> Decision:
@@ -373,5 +405,5 @@ def mixed_decision(decision: Decision) -> Decision:
     at = next((i for i, s in enumerate(present) if recipes.quantizes(s)), None)
     if at is None:
         return decision
-    steps = (*present[: at + 1], "gptq", "correct_bias", *present[at + 1 :])
+    steps = (*present[: at + 1], "gptq", *present[at + 1 :])
     return replace(decision, plan=replace(decision.plan, steps=steps), search="mixed")

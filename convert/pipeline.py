@@ -126,6 +126,7 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
             lambda what, done: progress.advance(done, None, what),
             options.effort,
             options.seed,
+            batch,
         ),
         reference_samples=output.reference_count(sample_bytes, len(samples.evaluation), batch),
     )

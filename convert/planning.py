@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 
 from calibrate.graph import constant_made, is_table, is_weighted, kind, layer_name
 from calibrate.plan import Plan, WeightFormat
+from calibrate.simulation import Adder
 from convert import recipes
 from convert.errors import TightfitError
 from device_profiles import DeviceProfile, TargetRules
@@ -35,6 +36,11 @@ class Decision:
     floor_db: float | None
     automatic: bool = False
     search: str | None = None
+
+    @property
+    def adder(self) -> Adder:
+        """How the runtime's kernels add codes: what the simulation is to follow."""
+        return "fixed_point" if self.rules.runtime == "litert" else "float"
 
 
 def family(graph: GraphModule) -> Family:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from convert.report import words
 from convert.report.schema import Report, Result
 
 # Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
@@ -30,30 +31,12 @@ def _of_result(result: Result) -> Iterator[str]:
         )
     if not result.match.within_one_step:
         yield f"{subject}: the artifact differs from the torch simulation by more than one output step."
-    if result.latency and _is_slower(result):
+    if result.latency and result.latency.surely_slower and not result.recipe.endswith("float32"):
         speedup, cpu = result.latency.speedup, result.latency.cpu
-        yield f"{subject}: slower than float here ({speedup:.2f}x on {cpu}){_elsewhere(result)}."
+        beside = words.elsewhere(result)
+        yield f"{subject}: slower than float here ({speedup:.2f}x on {cpu}){', ' if beside else ''}{beside}."
     if result.latency and not result.latency.stable:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
-
-
-def _is_slower(result: Result) -> bool:
-    """True when a quantized artifact is slower than float beyond what the timing leaves open."""
-    latency = result.latency
-    if (
-        latency is None
-        or latency.speedup is None
-        or latency.ratio_interval is None
-        or result.recipe.endswith("float32")
-    ):
-        return False
-    return latency.speedup < 1 and latency.ratio_interval[1] < 1
-
-
-def _elsewhere(result: Result) -> str:
-    """What the host's time does not say, for an artifact whose own runtime is not on the host."""
-    predicted = any("TensorRT" in name for name in result.placement.kinds)
-    return ", where ONNX Runtime ran it and not TensorRT: measure on the device" if predicted else ""

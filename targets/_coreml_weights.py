@@ -158,11 +158,9 @@ def _blocks(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _bits(node: Node) -> int:
-    first = 4 if node.target is qdq.DEQUANTIZE_CHANNEL else 3
-    low, high = node.args[first : first + 2]
-    assert isinstance(low, int)
-    assert isinstance(high, int)
-    return qdq.bits_of(low, high)
+    bits = qdq.code_bits(node)
+    assert bits is not None
+    return bits
 
 
 def _entries(module: GraphModule, node: Node) -> int:

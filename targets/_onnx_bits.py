@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from calibrate import qdq
 from calibrate.graph import layer_name
@@ -36,25 +36,11 @@ def stored_bits(graph: GraphModule) -> Bits:
     """{layer, as ONNX nodes are marked with it: bits of its weight codes in the file, 2, 4 or 8}."""
     found: Bits = {}
     for node in graph.graph.nodes:
-        bits = _bits(node)
+        bits = qdq.code_bits(node)
         if bits is not None:
             name = layer_name(node)
             found[name] = max(found.get(name, 0), 8 if bits > 4 else 4 if bits > 2 else 2)
     return found
-
-
-def _bits(node: Node) -> int | None:
-    if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
-        last = node.args[-1]
-        bits = node.kwargs.get("bits", last)
-        return bits if isinstance(bits, int) else 8
-    if node.target not in (qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP):
-        return None
-    first = 4 if node.target is qdq.DEQUANTIZE_CHANNEL else 3
-    low, high = node.args[first : first + 2]
-    assert isinstance(low, int)
-    assert isinstance(high, int)
-    return qdq.bits_of(low, high)
 
 
 def oldest_opset(graph: GraphModule, runtime: str) -> int:

@@ -12,7 +12,6 @@ from ._onnx_exact import exact_model
 from .errors import TargetError
 
 PROVIDERS = ["CPUExecutionProvider"]
-PRECISE = "session.x64quantprecision"
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not NumPy's
 
 
@@ -27,11 +26,12 @@ class OnnxSession:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-        self._session = load(path, options)
+        exact = exact_model(path)
+        self._session = load(path, options, exact)
         self._names = [o.name for o in self._session.get_outputs()]
         providers = ", ".join(self._session.get_providers())
-        exact = ", exact sums: without VNNI the fast ones saturate" if _is_precise(options) else ""
-        self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers}{exact})"
+        sums = "" if exact is None else ", exact sums: without VNNI the fast ones saturate"
+        self.executor = f"ONNX Runtime {onnxruntime.__version__} ({providers}{sums})"
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -86,26 +86,18 @@ def session_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def _is_precise(options: onnxruntime.SessionOptions) -> bool:
-    try:
-        return bool(options.get_session_config_entry(PRECISE) == "1")
-    except Exception:  # what onnxruntime raises for an entry that nobody set
-        return False
-
-
-def load(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """A CPU session on the file, on x86 without VNNI with exact sums where its weights need them.
+def load(path: Path, options: onnxruntime.SessionOptions, exact: bytes | None = None) -> onnxruntime.InferenceSession:
+    """A CPU session on the file, or on its model for exact sums (`exact_model`).
 
     Raises TargetError with the runtime's own words where it refuses the model.
     """
+    disabled = []
+    if exact is not None:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        disabled = ["ConstantSharing"]  # would undo what exact_model did
     try:
-        exact = exact_model(path)
-        if exact is None:
-            return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
-        options.add_session_config_entry(PRECISE, "1")
-        # Sharing would undo what exact_model did.
         return onnxruntime.InferenceSession(
-            exact, options, providers=PROVIDERS, disabled_optimizers=["ConstantSharing"]
+            exact or str(path), options, providers=PROVIDERS, disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime's exceptions have no common base
         first = str(error).strip().splitlines()[0]

@@ -130,13 +130,9 @@ def _results(job: Job) -> dict[str, str]:
 
 def bits_of(node: Node) -> int:
     """How many bits the graph gives each weight of a layer, or of the dequantize node of its weight."""
-    if node.target in (qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D):
-        scheme = next(i for i, a in enumerate(node.args) if isinstance(a, str))
-        return node.args[scheme + 1] if len(node.args) > scheme + 1 else 8
-    weight = node if node.target in _DEQUANTIZED else node.args[1]
+    weight = node if qdq.code_range(node) else node.args[1]
     assert isinstance(weight, Node)
-    first = 4 if weight.target == qdq.DEQUANTIZE_CHANNEL else 3
-    return qdq.bits_of(*weight.args[first : first + 2])
+    return qdq.code_bits(weight) or 8
 
 
 def _size_reason(wanted: int, stored: int, formats: set[str]) -> str | None:

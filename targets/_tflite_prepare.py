@@ -130,9 +130,8 @@ def _static_layers(graph: GraphModule) -> Iterator[tuple[Node, Node]]:
 def _small_static(graph: GraphModule) -> dict[str, int]:
     found = {}
     for _, weight in _static_layers(graph):
-        low, high = weight.args[4:6]
-        bits = qdq.bits_of(low, high)
-        if bits < 8:
+        bits = qdq.code_bits(weight)
+        if bits is not None and bits < 8:
             assert isinstance(weight.args[0], Node)
             found[codes_key(graphs.constant(graph, weight.args[0]).numpy())] = bits
     return found

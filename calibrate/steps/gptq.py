@@ -11,10 +11,18 @@ from torch.fx import GraphModule
 from calibrate.errors import CalibrationError
 from calibrate.graph import constant
 from calibrate.hessian import DAMPING, descend, gptq, gram, importance_order, ridge
-from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
-from calibrate.lockstep import Visit, walk
+from calibrate.layer_problem import LayerProblem, own_bias
 from calibrate.plan import Entry, Plan
-from calibrate.rounding import Rounded, code_bounds, codes_out_of_range, group_of, scale_fitter, settle
+from calibrate.rounding import (
+    COMPUTED,
+    Rounded,
+    code_bounds,
+    codes_out_of_range,
+    group_of,
+    round_layers,
+    scale_fitter,
+    settle,
+)
 from calibrate.steps import Context
 
 NAME = "gptq"
@@ -43,24 +51,11 @@ class Gptq:
     }
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
-        float_graph, options = context.float_graph, {**self.defaults, **context.parameters}
-        ledger: list[Entry] = []
-        assert float_graph is not None
+        options = {**self.defaults, **context.parameters}
         for name, values in CHOICES.items():
             if options[name] not in values:
                 raise CalibrationError(f"gptq has no {name} {options[name]!r}: use {' or '.join(values)}")
-
-        def visit(found: Visit) -> None:
-            reason = refusal(graph, float_graph, found)
-            if reason is None:
-                made = problem(graph, float_graph, found, context.seed + len(ledger))
-                ledger.append(_round(graph, made, context.plan, options))
-            else:
-                ledger.append(Entry(NAME, found.layer.name, "left alone", reason))
-            context.progress(NAME, len(ledger))
-
-        walk(float_graph, graph, context.few_batches(), visit)
-        return ledger or [Entry(NAME, "model", "left alone", "no layer of it has coded weights")]
+        return round_layers(NAME, graph, context, lambda made: _round(graph, made, context.plan, options))
 
     def ensures(self, graph: GraphModule) -> str | None:
         return codes_out_of_range(graph)
@@ -75,7 +70,7 @@ def _round(graph: GraphModule, made: LayerProblem, plan: Plan, options: Mapping[
         goal = goal + bias[:, None].float()
     if options["target"] == "float":
         if not own_bias(made.layer):
-            return Entry(NAME, made.layer.name, "left alone", "its bias is computed, not constant")
+            return Entry(NAME, made.layer.name, "left alone", COMPUTED)
         goal = made.y
         now = x @ weight.float().transpose(1, 2)
         change, bias = ridge(x, goal[:, made.fitted] - now, options["damping"])

@@ -54,10 +54,7 @@ class QuantizeStatic:
         return ledger
 
     def ensures(self, graph: GraphModule) -> str | None:
-        for node in graph.graph.nodes:
-            if node.target is qdq.QUANTIZE and any(u.target is not qdq.DEQUANTIZE for u in node.users):
-                return f"{node.name} is read by something other than a dequantize"
-        return None
+        return qdq.stray_codes(graph)
 
 
 def _members(sites: Sites) -> dict[int, frozenset[str]]:

@@ -10,10 +10,17 @@ from torch.fx import GraphModule
 from calibrate.errors import CalibrationError
 from calibrate.graph import constant
 from calibrate.hessian import descend, gram, ridge
-from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
-from calibrate.lockstep import Visit, walk
+from calibrate.layer_problem import LayerProblem
 from calibrate.plan import Entry, Plan
-from calibrate.rounding import Rounded, code_bounds, codes_out_of_range, group_of, scale_fitter, settle
+from calibrate.rounding import (
+    Rounded,
+    code_bounds,
+    codes_out_of_range,
+    group_of,
+    round_layers,
+    scale_fitter,
+    settle,
+)
 from calibrate.steps import Context
 
 NAME = "ridge"
@@ -34,26 +41,14 @@ class Ridge:
     defaults: ClassVar[dict[str, object]] = {"damping": 1.0, "flips": 0, "scales": "refit"}
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
-        float_graph, options = context.float_graph, {**self.defaults, **context.parameters}
-        ledger: list[Entry] = []
-        assert float_graph is not None
+        options = {**self.defaults, **context.parameters}
         if options["scales"] not in SCALES:
             raise CalibrationError(f"ridge has no scales {options['scales']!r}: use {' or '.join(SCALES)}")
 
-        def visit(found: Visit) -> None:
-            reason = refusal(graph, float_graph, found)
-            if reason is None and not own_bias(found.layer):
-                reason = "its bias is computed, not constant"
-            if reason is None:
-                made = problem(graph, float_graph, found, context.seed + len(ledger))
-                proposal = _proposal(graph, made, context.plan, options)
-                ledger.append(settle(graph, made, proposal, made.y, context.plan, NAME))
-            else:
-                ledger.append(Entry(NAME, found.layer.name, "left alone", reason))
-            context.progress(NAME, len(ledger))
+        def choose(made: LayerProblem) -> Entry:
+            return settle(graph, made, _proposal(graph, made, context.plan, options), made.y, context.plan, NAME)
 
-        walk(float_graph, graph, context.few_batches(), visit)
-        return ledger or [Entry(NAME, "model", "left alone", "no layer of it has coded weights")]
+        return round_layers(NAME, graph, context, choose, own_biases=True)
 
     def ensures(self, graph: GraphModule) -> str | None:
         return codes_out_of_range(graph)

@@ -186,6 +186,13 @@ class Latency(Part):
     governor: str | None = Field(default=None, description="Frequency governor, where it can be read.")
     warnings: tuple[str, ...] = ()
 
+    @property
+    def surely_slower(self) -> bool:
+        """Whether the artifact is slower than float beyond what the timing leaves open."""
+        if self.speedup is None or self.ratio_interval is None:
+            return False
+        return self.speedup < 1 and self.ratio_interval[1] < 1
+
     @model_validator(mode="after")
     def _float_twin_is_whole(self) -> Self:
         twin = (self.float_runs, self.float_p50_ms, self.float_p90_ms, self.float_p99_ms, self.float_cv)

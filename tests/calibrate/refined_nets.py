@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from small_graphs import ISLANDS, capture, context
+from small_graphs import ISLANDS, Made, capture, context
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -11,6 +11,7 @@ from calibrate import steps
 from calibrate.coded import CodedLayer, coded_layers
 from calibrate.graph import clone, run
 from calibrate.plan import Entry, Plan
+from calibrate.steps import Context
 
 STATIC = replace(ISLANDS, steps=("quantize_static",))
 WEIGHTS = Plan(steps=("quantize_weights",))
@@ -64,3 +65,16 @@ def drift(float_graph: GraphModule, graph: GraphModule, seed: int = 5) -> float:
 
 def pairs(a: GraphModule, b: GraphModule) -> list[tuple[CodedLayer, CodedLayer]]:
     return list(zip(coded_layers(a), coded_layers(b), strict=True))
+
+
+def with_computed_bias() -> tuple[GraphModule, Context]:
+    """A weight-only linear layer whose bias is computed from the input, and the context it was quantized in."""
+
+    def call(self: Made, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.fc.weight, self.fc.bias * x.mean())
+
+    torch.manual_seed(0)
+    graph = capture(Made(call, fc=nn.Linear(32, 32)), torch.randn(4, 32))
+    setting = context(WEIGHTS, [torch.rand(32, 32)])
+    steps.apply("quantize_weights", graph, setting)
+    return graph, setting

@@ -82,3 +82,17 @@ class Made(nn.Module):
 
 def images(count: int = 4, channels: int = 3, size: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class TextLayers(nn.Module):
+    """A table, a convolution and a linear layer: one of each that holds weights; takes `IDS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.linear = nn.Embedding(64, 16), nn.Conv1d(16, 32, 3), nn.Linear(32, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(self.conv(self.table(ids).transpose(1, 2)).mean(2))
+
+
+IDS = torch.arange(20).view(2, 10)

@@ -17,9 +17,10 @@ from convert.capture_weights import count_parameters
 from convert.normal_form import normalise
 
 
-def captured(module: nn.Module, example: Tensor) -> Captured:
+def captured(module: nn.Module, *examples: Tensor) -> Captured:
     """The module's graph in the normal form, with a dynamic batch."""
-    program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("n", max=512)},))
+    shapes = tuple({0: torch.export.Dim("batch", min=2, max=512)} for _ in examples)
+    program = torch.export.export(module.eval(), examples, dynamic_shapes=shapes)
     graph = unlift(program)
     inputs, parameters = input_specs(graph), count_parameters(graph)
     check = CaptureCheck(math.inf, 0.0, 0, "nothing", True)

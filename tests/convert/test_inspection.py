@@ -1,7 +1,6 @@
 """What `inspect` says of a model: costs by closed form, and what a device makes of its layers."""
 
 import io
-import math
 from pathlib import Path
 
 import pytest
@@ -9,29 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from small_models import captured
 from torch import Tensor, nn
 
 from calibrate.samples import InputSpec
-from convert.capture import Captured
 from convert.capture_program import input_specs, unlift
-from convert.capture_raw import CaptureCheck
-from convert.capture_weights import count_parameters
 from convert.costs import Cost, costs
 from convert.errors import TightfitError
 from convert.inspection import Inspection, inspect, inspect_model
 from convert.inspection_view import render
 from convert.normal_form import normalise
 from device_profiles import DeviceProfile, load
-
-
-def captured(module: nn.Module, *examples: Tensor) -> Captured:
-    """The module's graph in the normal form, with a dynamic batch."""
-    shapes = tuple({0: torch.export.Dim("batch", min=2, max=64)} for _ in examples)
-    program = torch.export.export(module.eval(), examples, dynamic_shapes=shapes)
-    graph = unlift(program)
-    inputs, parameters = input_specs(graph), count_parameters(graph)
-    check = CaptureCheck(math.inf, 0.0, 0, "nothing", True)
-    return Captured("made", "made", normalise(graph), inputs, ("output",), parameters, "", check)
 
 
 def cost_of(module: nn.Module, *examples: Tensor, kind: str) -> Cost:

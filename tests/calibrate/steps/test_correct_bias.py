@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refined_nets import with_computed_bias
 from small_graphs import ISLANDS, Made, capture, context, images, nodes_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -143,13 +144,7 @@ def test_a_promise_about_finite_biases_is_checked() -> None:
 
 
 def test_a_computed_bias_is_left_alone() -> None:
-    def call(self: Made, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.fc.weight, self.fc.bias * x.mean())
-
-    torch.manual_seed(0)
-    graph = capture(Made(call, fc=nn.Linear(32, 32)), torch.randn(4, 32))
-    setting = context(WEIGHTS, [torch.rand(32, 32)])
-    steps.apply("quantize_weights", graph, setting)
+    graph, setting = with_computed_bias()
     (entry,) = steps.apply("correct_bias", graph, setting)
     assert (entry.action, entry.reason) == ("left alone", "its bias is computed, not constant")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_graphs import capture, context, images, keeping
+from small_graphs import IDS, TextLayers, capture, context, images, keeping
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -13,26 +13,15 @@ from calibrate.errors import CalibrationError
 from calibrate.graph import clone, constant, run
 from calibrate.plan import Plan, WeightFormat
 
-IDS = torch.arange(20).view(2, 10)
-
 
 def plan(bits: int = 4, **changes: object) -> Plan:
     return replace(Plan(("palettize",), weight=WeightFormat(bits, kind="palette")), **changes)  # type: ignore[arg-type]
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.conv, self.linear = nn.Embedding(64, 16), nn.Conv1d(16, 32, 3), nn.Linear(32, 24)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.linear(self.conv(self.table(ids).transpose(1, 2)).mean(2))
-
-
 @pytest.fixture(scope="module")
 def layers() -> GraphModule:
     torch.manual_seed(0)
-    return capture(Layers(), IDS)
+    return capture(TextLayers(), IDS)
 
 
 def lookups(graph: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:

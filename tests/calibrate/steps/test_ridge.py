@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import torch
-from refined_nets import STATIC, WEIGHTS, batches, cnn, drift, refined
-from small_graphs import Made, capture, context
-from torch import Tensor, nn
+from refined_nets import STATIC, WEIGHTS, batches, cnn, drift, refined, with_computed_bias
+from torch import nn
 
 from calibrate import steps
 from calibrate.coded import coded_layers
@@ -40,13 +39,7 @@ def test_the_bias_takes_the_mean_error_that_is_left() -> None:
 
 
 def test_a_layer_whose_bias_is_computed_is_left_alone() -> None:
-    def call(self: Made, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.fc.weight, self.fc.bias * x.mean())
-
-    torch.manual_seed(0)
-    graph = capture(Made(call, fc=nn.Linear(32, 32)), torch.randn(4, 32))
-    setting = context(WEIGHTS, [torch.rand(32, 32)])
-    steps.apply("quantize_weights", graph, setting)
+    graph, setting = with_computed_bias()
     (entry,) = steps.apply("ridge", graph, setting)
     assert (entry.action, entry.reason) == ("left alone", "its bias is computed, not constant")
 

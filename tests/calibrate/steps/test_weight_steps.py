@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_graphs import Made, capture, context, images, keeping, nodes_of
+from small_graphs import IDS, Made, TextLayers, capture, context, images, keeping, nodes_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -20,20 +20,8 @@ def stored_bytes(graph: GraphModule) -> int:
     return sum(constant(graph, n).nbytes for n in names.values())
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.conv, self.linear = nn.Embedding(64, 16), nn.Conv1d(16, 32, 3), nn.Linear(32, 24)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.linear(self.conv(self.table(ids).transpose(1, 2)).mean(2))
-
-
-IDS = torch.arange(20).view(2, 10)
-
-
 def test_int8_weights_take_a_quarter_of_the_room_and_keep_the_outputs() -> None:
-    graph = capture(Layers(), IDS)
+    graph = capture(TextLayers(), IDS)
     result = clone(graph)
     ledger = steps.apply("quantize_weights", result, context(WEIGHTS))
     assert [(e.layer, e.action) for e in ledger] == [
