@@ -137,7 +137,7 @@ def _left(outlook: "Outlook") -> dict[str, list[str]]:
     """Why layers stay float -> their names."""
     found: dict[str, list[str]] = defaultdict(list)
     for fate in outlook.fates:
-        if fate.action.startswith("left"):
+        if fate.action.startswith("left") and fate.layer != "model":
             found[fate.reason].append(fate.layer)
     return found
 
