@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 # Two products of a uint8 and a weight code of this size fit into 16 bits: 2 * 255 * 64 < 2^15.
@@ -30,11 +31,15 @@ def saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def exact_model(path: Path) -> bytes | None:
     """The model with a zero point of its own for every constant of codes, where weights need exact sums; else None.
 
-    None too for what no file of this size can do: a model of 1.9 GB and more.
+    None too for what no file of this size can do, a model of 1.9 GB and more, and for a file that is no model: the
+    runtime says so in its own words.
     """
     if not saturates() or path.stat().st_size > LARGEST:
         return None
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return None
     if any(t.external_data for t in model.graph.initializer) or not _needs_it(model.graph):
         return None
     _unshare(model.graph)
