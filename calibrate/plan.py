@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ActivationType = Literal["int8", "uint8", "int16"]
-WeightKind = Literal["int", "palette", "float8_e4m3", "float8_e5m2"]
+WeightKind = Literal["int", "palette", "float16", "float8_e4m3", "float8_e5m2"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class WeightFormat:
     "int": symmetric codes, one scale per output channel or, with `group`, per so many neighbours along the input axis
     (linear and embedding; a layer whose input is no multiple of it keeps one scale per channel). `power_of_two`: scales
     are powers of two (block-wise storage, BCT, arXiv 2304.01483). "palette": indices into a table of 2^bits values, one
-    table per tensor, Core ML only. "float8_*": 8-bit floats with one scale per output channel.
+    table per tensor, Core ML only. "float16": half-precision numbers without scales; the layer computes in float.
+    "float8_*": 8-bit floats with one scale per output channel.
     """
 
     bits: int = 8
@@ -27,10 +28,14 @@ class WeightFormat:
     def label(self) -> str:
         """Such as "int4, groups of 32"."""
         name = f"int{self.bits}" if self.kind == "int" else f"{self.bits}-bit palette"
-        if self.kind.startswith("float8"):
+        if self.kind.startswith("float"):
             name = self.kind
         groups = f", groups of {self.group}" if self.group else ""
         return name + groups + (", powers of two" if self.power_of_two else "")
+
+
+HALF = WeightFormat(16, kind="float16")
+"""Half-precision weights in front of float arithmetic."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import qdq
-from .graph import add_constant, constant, kind, layer_name, weight_nodes
-from .plan import Plan, WeightFormat
+from .graph import add_constant, constant, constant_made, is_table, is_weighted, kind, layer_name, weight_nodes
+from .plan import Entry, Plan, WeightFormat
 from .ranges import SMALLEST_FLOAT
 
 # Below 8 bits the largest weight no longer decides the scale: these shares of it are tried, and the least squared error
 # wins (Banner et al. 2018, arXiv 1810.05723).
 SHRINKS = tuple(1 - step / 40 for step in range(24))
+HALF_MAX = 65504.0
+BEYOND_HALF = "values beyond float16's 65504"
+TO_FLOAT = torch.ops.aten.to.dtype
 
 
 def weight_scales(
@@ -152,3 +155,45 @@ def quantize_weight(graph: GraphModule, node: Node, plan: Plan) -> WeightFormat:
     made = store_codes(graph, node, weight_codes(weight, scales, low, high), scales, low, high)
     node.args = (*node.args[:index], made, *node.args[index + 1 :])
     return form
+
+
+def fits_half(weight: Tensor) -> bool:
+    """Whether float16 holds every value of `weight` to rounding: none lies beyond its largest, 65504."""
+    return not bool((weight.abs() > HALF_MAX).any())
+
+
+def store_half(graph: GraphModule, source: Node) -> Node:
+    """Add the float32 constant behind the get_attr node `source` as float16, and return the cast back to float32."""
+    half = add_constant(graph, f"{source.target}_half", constant(graph, source).half(), source.next)
+    with graph.graph.inserting_after(half):
+        cast = graph.graph.call_function(TO_FLOAT, (half, torch.float32))
+    cast.meta["val"] = constant(graph, half).float()
+    return cast
+
+
+def halve_layers(graph: GraphModule, plan: Plan, step: str) -> list[Entry]:
+    """Store the weights of the layers and tables whose own format is "float16", and say so: the first thing that a
+    quantizing step does. What is halved has no constant weight any more, so the step finds nothing there to quantize;
+    what float16 cannot hold is marked to stay float.
+    """
+    wanted = {name for name, form in plan.formats.items() if form.kind == "float16"} - set(plan.keep_float)
+    if not wanted:
+        return []
+    fixed = constant_made(graph.graph.nodes)
+    stored: dict[Node, Node] = {}
+    ledger: dict[str, Entry] = {}
+    for node in list(graph.graph.nodes):
+        name, index = layer_name(node), weight_index(node)
+        if name not in wanted or not (is_weighted(node) or is_table(node, fixed)):
+            continue
+        source = node.args[index]
+        assert isinstance(source, Node)
+        if not fits_half(constant(graph, source)):
+            node.meta["keep_float"] = BEYOND_HALF
+            continue
+        if source not in stored:
+            stored[source] = store_half(graph, source)
+            stored[source].meta["layer"] = f"{name}.weight"
+        node.args = (*node.args[:index], stored[source], *node.args[index + 1 :])
+        ledger[name] = Entry(step, name, "float16 weights", f"{kind(node)}, computed in float")
+    return list(ledger.values())

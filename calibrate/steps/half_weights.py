@@ -4,11 +4,10 @@ import torch
 from torch.fx import GraphModule
 
 from calibrate.errors import CalibrationError
-from calibrate.graph import add_constant, constant, layer_name
+from calibrate.graph import constant, layer_name
 from calibrate.plan import Entry
 from calibrate.steps import Context
-
-CAST = torch.ops.aten.to.dtype
+from calibrate.weights import BEYOND_HALF, fits_half, store_half
 
 
 class HalfWeights:
@@ -23,15 +22,10 @@ class HalfWeights:
                 continue
             if all("quantize_per" in str(u.target) or "tightfit" in str(u.target) for u in node.users):
                 continue  # scales stay exact
-            value = constant(graph, node)
-            if bool((value.abs() > 65504).any()):
-                ledger.append(Entry("half_weights", str(node.target), "left float32", "values beyond float16's 65504"))
+            if not fits_half(constant(graph, node)):
+                ledger.append(Entry("half_weights", str(node.target), "left float32", BEYOND_HALF))
                 continue
-            half = add_constant(graph, f"{node.target}_half", value.half(), node)
-            with graph.graph.inserting_after(node):
-                cast = graph.graph.call_function(CAST, (half, torch.float32))
-            node.replace_all_uses_with(cast)
-            cast.args = (half, torch.float32)
+            node.replace_all_uses_with(store_half(graph, node))
             ledger.append(Entry("half_weights", layer_name(node), "float16"))
         if not ledger:
             raise CalibrationError("the model has no float32 weights to store as float16")

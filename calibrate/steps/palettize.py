@@ -13,12 +13,11 @@ from calibrate.graph import add_constant, constant, constant_made, is_table, is_
 from calibrate.palettes import nearest, palette
 from calibrate.plan import Entry, Plan
 from calibrate.steps import Context
-from calibrate.weights import weight_index
+from calibrate.weights import BEYOND_HALF, fits_half, halve_layers, weight_index
 
 BITS = (1, 2, 3, 4, 6, 8)
 # A weight below this many values saves less than the table and the operator that reads it cost.
 SMALLEST = 256
-HALF_MAX = 65504.0
 
 
 class Palettize:
@@ -35,11 +34,11 @@ class Palettize:
         wish = context.parameters["importance"]
         if wish not in ("none", "inputs"):
             raise CalibrationError(f'palettize: importance is "none" or "inputs", not {wish!r}')
+        ledger = halve_layers(graph, context.plan, "palettize")
         fixed = constant_made(graph.graph.nodes)
         layers = [n for n in graph.graph.nodes if is_weighted(n) or is_table(n, fixed)]
         reasons = {n: _why_not(graph, n, context.plan) for n in layers}
         met = _squares(graph, [n for n in layers if not reasons[n]], context) if wish == "inputs" else {}
-        ledger = []
         for count, node in enumerate(layers):
             reason, action = reasons[node], "left float"
             if reason is None:
@@ -79,8 +78,8 @@ def _why_not(graph: GraphModule, node: Node, plan: Plan) -> str | None:
         return f"only {weight.numel()} weights"
     if weight.numel() * (16 - form.bits) / 8 <= 2 * 2**form.bits:
         return f"only {weight.numel()} weights: a table of {2**form.bits} would save nothing"
-    if plan.half_scales and float(weight.abs().max()) > HALF_MAX:
-        return "weights beyond float16's 65504"
+    if plan.half_scales and not fits_half(weight):
+        return BEYOND_HALF
     return None
 
 

@@ -18,7 +18,7 @@ from calibrate.graph import (
 )
 from calibrate.plan import Entry
 from calibrate.steps import Context
-from calibrate.weights import fitted_scales, quantize_weight, weight_codes
+from calibrate.weights import fitted_scales, halve_layers, quantize_weight, weight_codes
 
 
 class QuantizeDynamic:
@@ -30,10 +30,14 @@ class QuantizeDynamic:
     exact = False
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
-        plan, ledger = context.plan, []
+        plan = context.plan
+        ledger = halve_layers(graph, plan, "quantize_dynamic")
+        halved = {e.layer for e in ledger}
         fixed = constant_made(graph.graph.nodes)
         for node in list(graph.graph.nodes):
             what = kind(node)
+            if layer_name(node) in halved:
+                continue
             if is_table(node, fixed):
                 reason = kept_float(node, plan.keep_float)
                 action = "left float"

@@ -20,7 +20,7 @@ from calibrate.plan import Entry, Plan
 from calibrate.ranges import fill_histograms, representable
 from calibrate.steps import Context
 from calibrate.steps.quantize_static import unquantizable
-from calibrate.weights import weight_scales
+from calibrate.weights import halve_layers, weight_scales
 
 
 class QuantizeFloat8:
@@ -34,12 +34,12 @@ class QuantizeFloat8:
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         plan = context.plan
+        ledger = halve_layers(graph, plan, "quantize_float8")
         made = constant_made(graph.graph.nodes)
         layers = [n for n in graph.graph.nodes if is_weighted(n)]
         reasons = {n: kept_float(n, plan.keep_float) or _fixed_input(n, made) for n in layers}
         _look(graph, [n.args[0] for n in layers if reasons[n] is None], context)
         stored: dict[tuple[Node, str], Node] = {}
-        ledger = []
         for node in layers:
             source = node.args[0]
             assert isinstance(source, Node)

@@ -14,7 +14,7 @@ from calibrate.plan import Entry, Plan, QParams
 from calibrate.race import race
 from calibrate.ranges import candidates, fill_histograms
 from calibrate.steps import Context
-from calibrate.weights import fitted_scales, store_codes, weight_codes
+from calibrate.weights import fitted_scales, halve_layers, store_codes, weight_codes
 
 # A tensor whose largest value is above this, and above this many times what a quarter of its values stay below, holds a
 # sentinel (a mask's -1e9), not data.
@@ -34,6 +34,8 @@ class QuantizeStatic:
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
         plan = context.plan
+        ledger = halve_layers(graph, plan, "quantize_static")
+        halved = {e.layer for e in ledger}
         sites = place(graph, plan)
         refused = _look(graph, sites, context)
         if refused:  # a tensor no scale can serve: its readers stay float, and the placement is made again without them
@@ -45,7 +47,8 @@ class QuantizeStatic:
         nodes = {n.name: n for n in graph.graph.nodes}
         for name, group in sites.group_of.items():
             _insert(graph, nodes, name, sites, chosen[group])
-        ledger = [Entry("quantize_static", layer, "left float", reason) for layer, reason in sites.left.items()]
+        left = {layer: reason for layer, reason in sites.left.items() if layer not in halved}
+        ledger += [Entry("quantize_static", layer, "left float", reason) for layer, reason in left.items()]
         for name, layer in sites.layers.items():
             node = nodes[name]
             if is_weighted(node):

@@ -5,7 +5,7 @@ from torch.fx import GraphModule, Node
 from calibrate.graph import constant_made, is_table, is_weighted, kept_float, kind, layer_name
 from calibrate.plan import Entry
 from calibrate.steps import Context
-from calibrate.weights import quantize_weight
+from calibrate.weights import halve_layers, quantize_weight
 
 # A weight below this many values saves less than its scales and the dequantize node cost.
 SMALLEST = 256
@@ -17,7 +17,7 @@ class QuantizeWeights:
     exact = False
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
-        ledger = []
+        ledger = halve_layers(graph, context.plan, "quantize_weights")
         fixed = constant_made(graph.graph.nodes)
         for node in list(graph.graph.nodes):
             if not (is_weighted(node) or is_table(node, fixed)):

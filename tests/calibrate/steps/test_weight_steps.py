@@ -1,15 +1,17 @@
 """Steps that store weights smaller: int8 codes, and half-precision numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_graphs import IDS, Made, TextLayers, capture, context, images, keeping, nodes_of
+from small_graphs import IDS, ISLANDS, Made, TextLayers, capture, context, images, keeping, nodes_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from calibrate import steps
 from calibrate.errors import CalibrationError
 from calibrate.graph import clone, constant, run
-from calibrate.plan import Entry, Plan
+from calibrate.plan import HALF, Entry, Plan, WeightFormat
 
 WEIGHTS = Plan(("quantize_weights",))
 HALVES = Plan(("half_weights",))
@@ -87,3 +89,65 @@ def test_half_weights_of_a_model_without_any_is_an_error() -> None:
     graph = capture(Made(lambda m, x: x.relu()), torch.randn(2, 4))
     with pytest.raises(CalibrationError, match="no float32 weights"):
         steps.apply("half_weights", graph, context(HALVES))
+
+
+QUANTIZING = ("quantize_static", "quantize_dynamic", "quantize_weights", "quantize_float8", "palettize")
+
+
+def chain() -> GraphModule:
+    torch.manual_seed(0)
+    return capture(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), X)
+
+
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_a_layer_whose_own_format_is_float16_keeps_half_weights_before_float_arithmetic(name: str) -> None:
+    kind = {"palettize": "palette", "quantize_float8": "float8_e4m3"}.get(name, "int")
+    plan = replace(ISLANDS, steps=(name,), weight=WeightFormat(8, kind=kind), formats={"2": HALF})  # type: ignore[arg-type]
+    graph = chain()
+    wanted = constant(graph, nodes_of(graph, "linear")[1].args[1]).half()
+    ledger = steps.apply(name, graph, context(plan, [X]))
+    (entry,) = [e for e in ledger if e.layer == "2"]
+    assert (entry.action, entry.reason) == ("float16 weights", "linear, computed in float")
+    first, layer, last = nodes_of(graph, "linear")
+    cast = layer.args[1]
+    assert cast.target is torch.ops.aten.to.dtype
+    assert torch.equal(constant(graph, cast.args[0]), wanted)
+    assert all(node.args[1].target is not torch.ops.aten.to.dtype for node in (first, last))
+    assert {e.layer for e in ledger if e.action == "float16 weights"} == {"2"}
+
+
+def test_half_weights_of_one_layer_leave_another_that_shares_them_as_it_was() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    graph = capture(Tied(), X)
+    steps.apply("quantize_weights", graph, context(replace(WEIGHTS, formats={"first": HALF})))
+    first, second = nodes_of(graph, "linear")
+    assert first.args[1].target is torch.ops.aten.to.dtype
+    assert "dequantize" in str(second.args[1].target)
+
+
+@pytest.mark.parametrize("name", QUANTIZING[:3])
+def test_a_layer_that_float16_cannot_hold_stays_float_and_says_so(name: str) -> None:
+    layer = nn.Linear(32, 32)
+    layer.weight.data[0, 0] = 1e5
+    graph = capture(nn.Sequential(layer), X)
+    ledger = steps.apply(name, graph, context(replace(ISLANDS, steps=(name,), formats={"0": HALF}), [X]))
+    assert ledger == [Entry(name, "0", "left float", "values beyond float16's 65504")]
+    assert constant(graph, nodes_of(graph, "linear")[0].args[1]).dtype == torch.float32
+
+
+def test_a_layer_kept_float_is_not_halved() -> None:
+    graph = chain()
+    plan = keeping(replace(WEIGHTS, formats={"2": HALF}), **{"2": "asked for"})
+    ledger = steps.apply("quantize_weights", graph, context(plan))
+    assert Entry("quantize_weights", "2", "left float", "asked for") in ledger
