@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ._onnx_graph import Array, constant, new_constant, new_node, producer, replace, source, static_shape
 
 INT32_MAX = 2**31 - 1
+MULTIPLYING = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 BIAS_TOLERANCE = 4 * float(np.finfo(np.float32).eps)
 """A float32 bias that is a multiple of its step carries the rounding of two products and a division."""
 
@@ -135,3 +136,33 @@ def pads_run_on_codes(model: ir.Model) -> None:
 def _same_parameters(a: ir.Node, b: ir.Node) -> bool:
     pairs = [(constant(x), constant(y)) for x, y in zip(a.inputs[1:3], b.inputs[1:3], strict=True)]
     return all(x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def float_layers_stay_float(model: ir.Model) -> None:
+    """A layer with float weights reads codes through a Dequantize of its own, whose one scale is written once per index
+    of an axis.
+
+    The same numbers. ONNX Runtime (WeightBiasQuantization, seen in 1.32) takes a float layer between Dequantize and
+    Quantize for one that somebody forgot to quantize, and rounds its weights to int8 with one scale for all of them; it
+    leaves alone what reads more scales than one.
+    """
+    for node in list(model.graph):
+        before = producer(node.inputs[0], "DequantizeLinear") if node.op_type in MULTIPLYING else None
+        shape = static_shape(node.inputs[0]) if before is not None else None
+        if before is None or shape is None or producer(node.inputs[1], "DequantizeLinear") is not None:
+            continue
+        scale, zero = constant(before.inputs[1]), constant(before.inputs[2]) if len(before.inputs) > 2 else None
+        axis = next((a for a in (1, 2, 3, 0) if a < len(shape) and shape[a] > 1), None)
+        if scale is None or scale.size != 1 or axis is None:
+            continue
+        inputs: list[ir.Value | None] = [before.inputs[0]]
+        for name, value in (("scales", scale), ("zeros", zero)):
+            if value is not None:
+                spread = np.full(shape[axis], value.reshape(()), value.dtype)
+                inputs.append(new_constant(model.graph, f"{source(node, 0).name}_{name}", spread))
+        own = new_node(before, "DequantizeLinear", inputs, axis=axis)
+        own.outputs[0].shape, own.outputs[0].type = ir.Shape(shape), source(node, 0).type
+        model.graph.insert_before(node, own)
+        node.replace_input_with(0, own.outputs[0])
+        if not before.outputs[0].uses():
+            model.graph.remove(before, safe=True)

@@ -90,6 +90,7 @@ def build(job: Job) -> "ir.Model":
         int8.means_are_pools(model)
         int8.pads_run_on_codes(model)
         int8.biases_are_codes(model)
+        int8.float_layers_stay_float(model)
     at_opset(model, job.rules.opset, few.oldest_opset(job.graph, runtime))
     if job.compute == "float16":
         in_float16(model)

@@ -12,7 +12,9 @@ from onnx_graphs import Recipe, capture, job, quantize
 from torch import Tensor, nn
 
 from calibrate import qdq
+from calibrate.graph import add_constant, finish
 from calibrate.simulation import simulate
+from calibrate.weights import store_half
 from targets import find
 from targets._onnx_int8 import bias_codes
 
@@ -142,6 +144,31 @@ def test_a_convolution_whose_output_stays_float_is_named_with_the_reason(tmp_pat
     assert [f.node for f in placed.fallbacks] == ["conv2d_1", "stem.conv"]
     assert "Conv in float" in placed.fallbacks[0].reason
     assert placed.int8_ops == 0
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_float_layer_between_quantized_ones_is_not_quantized_by_the_runtime(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(1, 3, 8, 8), tmp_path / "m.onnx"
+    model = Residual()
+    model.a.weight.data[0] *= 20  # one scale for all of them leaves the others few codes
+    graph = quantize(capture(model, (x,)), (x,), Recipe())
+    node = next(n for n in graph.graph.nodes if n.name == "conv2d_1")
+    weight = add_constant(graph, "float_weight", model.a.weight.detach(), node)
+    node.args = (node.args[0], store_half(graph, weight) if half else weight, *node.args[2:])
+    work = job(finish(graph), {"x": x})
+    TARGET.lower(work, path)
+    placed, expected = TARGET.placement(path, work), simulate(graph)([x])[0].numpy()
+    assert placed.kinds["float Conv"] == 1
+    assert placed.kinds["int8 QLinearConv"] == 2
+    np.testing.assert_array_equal(TARGET.open(path).run({"x": x.numpy()})["y"], expected)
+
+    monkeypatch.setattr("targets._onnx_int8.float_layers_stay_float", lambda model: None)
+    TARGET.lower(work, path)
+    assert TARGET.placement(path, work).kinds["int8 QLinearConv"] == 3  # the runtime's own idea
+    assert not np.array_equal(TARGET.open(path).run({"x": x.numpy()})["y"], expected)
 
 
 def test_a_layer_nobody_quantized_is_no_fallback(tmp_path: Path) -> None:
