@@ -1,49 +1,26 @@
 """The recipe `mixed`: each layer its own format, chosen under a budget of bytes or of measured milliseconds.
 
-A layer's score is what the whole model loses when that layer alone changes format (output KL for class scores,
-relative squared error else); the choice is an integer linear programme (as in HAWQ-V3, arXiv 2011.10680). Scores of
-single layers mislead, so several plans are built whole and judged by the simulation; the best of those counts.
+Scores of single layers (`convert/mixed_table.py`) mislead, so several plans are built whole and judged by the
+simulation; the best of those counts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
 
-from calibrate import steps as known
-from calibrate.coded import coded
-from calibrate.graph import (
-    add_constant,
-    clone,
-    constant,
-    constant_made,
-    finish,
-    is_table,
-    is_weighted,
-    kind,
-    layer_name,
-    run,
-)
-from calibrate.plan import Entry, WeightFormat
-from calibrate.weights import fitted_scales, spread, weight_codes, weight_index
+from calibrate.plan import Entry
 from convert import recipes
-from convert.automatic import quantized_layers
 from convert.compress import Builder, Compressed
-from convert.costs import costs
-from convert.drift import classifies
 from convert.errors import TightfitError
-from convert.planning import Decision, keeping_float, weighted_layers, with_formats
+from convert.mixed_table import CHOSEN, FLOAT, Table, build_table, form_of, solve
+from convert.planning import Decision, keeping_float, with_formats
 
-FLOAT = "float"
 MIB = 2**20
 # Plans between the smallest and the largest that are built and judged when no budget is given.
 SWEEP = 6
 # How often a plan is measured and its budget of estimated time corrected.
 ROUNDS = 4
-CHOSEN = "chosen by mixed precision: in codes it costs more than its share of the budget brings"
 
 
 @dataclass(frozen=True)
@@ -71,18 +48,6 @@ class Trial:
 Try = Callable[[Compressed, bool], Trial]
 
 
-@dataclass(frozen=True)
-class Table:
-    """One row per layer, one column per option: `scores` (loss of the output), `bytes`, and each layer's `macs`."""
-
-    layers: tuple[str, ...]
-    options: tuple[str, ...]
-    scores: np.ndarray
-    bytes: np.ndarray
-    macs: np.ndarray
-    fixed_bytes: int
-
-
 def search(
     builder: Builder, decision: Decision, budgets: Budgets, goal_db: float, trial: Try | None = None
 ) -> Compressed:
@@ -90,179 +55,30 @@ def search(
 
     `trial` lowers and measures a plan; a budget needs it. Raises TightfitError where no plan fits.
     """
-    table = _table(builder, decision, _options(decision))
+    table = build_table(builder, decision)
     if budgets == Budgets():
         return _smallest(builder, decision, table, goal_db)
     assert trial is not None
     return _within(builder, decision, table, budgets, trial)
 
 
-def _options(decision: Decision) -> tuple[str, ...]:
-    """Formats that a layer may get, the smallest first. Two bits are for weights alone: activations add their own."""
-    alone = "quantize_weights" in decision.plan.steps
-    return ("2", "4", "8", FLOAT) if alone else ("4", "8", FLOAT)
-
-
-def _format(decision: Decision, option: str) -> WeightFormat:
-    bits = int(option)
-    group = decision.plan.weight.group if bits < 8 else None
-    return replace(decision.plan.weight, bits=bits, group=group, kind="int")
-
-
-def _table(builder: Builder, decision: Decision, options: tuple[str, ...]) -> Table:
-    """Score every layer in every format, the others at 8 bits."""
-    plain = _plain(decision)
-    base = builder.build(plain)
-    quantized = set(quantized_layers(base))
-    layers = tuple(n for n in weighted_layers(builder.captured.graph, tables=True) if n in quantized)
-    if not layers:
-        raise TightfitError("mixed precision has nothing to choose: no layer of this model can be quantized here.")
-    before = base.exact or builder.captured.graph
-    weights = _weights(before)
-    loss = Loss(builder)
-    start = loss(base.graph)
-    scores, sizes = np.zeros((len(layers), len(options))), np.zeros((len(layers), len(options)))
-    for row, layer in enumerate(layers):
-        for column, option in enumerate(options):
-            sizes[row, column] = stored_bytes(weights[layer], None if option == FLOAT else _format(decision, option))
-            if option == "8":
-                continue
-            if option == FLOAT:
-                made = builder.build(keeping_float(plain, {layer: CHOSEN})).graph
-            else:
-                made = _with_format(base.graph, decision, layer, weights[layer], option)
-            scores[row, column] = loss(made) - start
-        builder.progress("sensitivity", row + 1)
-    macs = {c.name: c.macs or 0 for c in costs(builder.captured.graph, builder.captured.inputs)}
-    others = sum(v.numel() * v.element_size() for v in _constants(before)) - 4 * sum(
-        w.numel() for w in weights.values()
-    )
-    work = np.array([float(macs.get(n, 0)) for n in layers])
-    return Table(layers, options, scores, sizes, work, max(others, 0))
-
-
-def _weights(graph: GraphModule) -> dict[str, Tensor]:
-    """The float weight of every layer and table, by the layer's name."""
-    fixed = constant_made(graph.graph.nodes)
-    found = {}
-    for node in graph.graph.nodes:
-        if is_weighted(node) or is_table(node, fixed):
-            source = node.args[weight_index(node)]
-            assert isinstance(source, Node)
-            found[layer_name(node)] = constant(graph, source)
-    return found
-
-
-def _constants(graph: GraphModule) -> Iterable[Tensor]:
-    return [*graph.parameters(), *graph.buffers()]
-
-
-def _plain(decision: Decision) -> Decision:
-    """The decision at 8 bits throughout, without the steps that refine codes: what single layers are judged against."""
-    steps = tuple(s for s in decision.plan.steps if not known.refines(s))
-    plan = replace(decision.plan, steps=steps, weight=replace(decision.plan.weight, bits=8, group=None), formats={})
-    return replace(decision, plan=plan)
-
-
-def stored_bytes(weight: Tensor, form: WeightFormat | None) -> float:
-    """What a weight [out, ...] takes in a file: codes and float32 scales; float32 without a format."""
-    if form is None:
-        return 4.0 * weight.numel()
-    groups = weight.numel() / form.group if form.group and weight.dim() == 2 else len(weight)
-    return weight.numel() * form.bits / 8 + 4.0 * groups
-
-
-def _with_format(graph: GraphModule, decision: Decision, layer: str, weight: Tensor, option: str) -> GraphModule:
-    """A copy of a quantized graph with one layer's weight rounded to another format."""
-    copy = clone(graph)
-    form = _format(decision, option)
-    scales = fitted_scales(weight, decision.plan, form)
-    codes = weight_codes(weight, scales, *decision.plan.code_range(form.bits))
-    for node in list(copy.graph.nodes):
-        if layer_name(node) != layer or kind(node) not in ("conv", "linear", "embedding"):
-            continue
-        found = coded(node)
-        if found is not None and found.dynamic:
-            found.set_codes(copy, codes)
-            found.set_scales(copy, scales)
-        else:
-            index = weight_index(node)
-            rounded = (codes.double() * spread(scales.double(), weight.shape)).float()
-            fresh = add_constant(copy, f"{layer}_judged", rounded, node)
-            node.args = (*node.args[:index], fresh, *node.args[index + 1 :])
-    return finish(copy)
-
-
-class Loss:
-    """What a graph loses against float on the judging samples: mean KL of class scores, or relative squared error."""
-
-    def __init__(self, builder: Builder) -> None:
-        self.judge = builder.judge
-        first = self.judge.expected[0]
-        named = {str(i): v.numpy() for i, v in enumerate(first)}
-        self.by_kl = classifies(named, None)
-
-    def __call__(self, graph: GraphModule) -> float:
-        total, count = 0.0, 0
-        for inputs, expected in zip(self.judge.inputs, self.judge.expected, strict=True):
-            got = run(graph, inputs)
-            if self.by_kl:
-                total += float(_kl(expected[0], got[0]).sum())
-                count += len(expected[0])
-                continue
-            for want, have in zip(expected, got, strict=True):
-                if want.is_floating_point():
-                    total += float(
-                        (have - want).double().square().sum() / want.double().square().sum().clamp(min=1e-30)
-                    )
-                    count += 1
-        return total / max(count, 1)
-
-
-def _kl(wanted: Tensor, got: Tensor) -> Tensor:
-    p, q = torch.log_softmax(wanted.double(), 1), torch.log_softmax(got.double(), 1)
-    return (p.exp() * (p - q)).sum(1)
-
-
-def solve(
-    table: Table, limits: Iterable[tuple[np.ndarray, float]], banned: Iterable[np.ndarray] = ()
-) -> np.ndarray | None:
-    """For each layer the column with the least total score within every limit; None where there is none.
-
-    `limits`: (cost of each layer in each option, what their sum may be). `banned`: choices that must differ in at least
-    one layer (no-good cuts).
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    rows, columns = table.scores.shape
-    constraints = [LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1)]
-    constraints += [LinearConstraint(costs_.reshape(1, -1), -np.inf, limit) for costs_, limit in limits]
-    for choice in banned:
-        cut = np.zeros((rows, columns))
-        cut[np.arange(rows), choice] = 1
-        constraints.append(LinearConstraint(cut.reshape(1, -1), -np.inf, rows - 1))
-    # Among equals the smaller wins.
-    objective = table.scores.reshape(-1) + 1e-9 * table.bytes.reshape(-1) / max(float(table.bytes.max()), 1e-30)
-    found = milp(objective, constraints=constraints, integrality=np.ones(rows * columns), bounds=Bounds(0, 1))
-    return None if found.x is None else np.round(found.x).reshape(rows, columns).argmax(1)
-
-
 def _built(builder: Builder, decision: Decision, table: Table, choice: np.ndarray) -> tuple[float, Compressed]:
     """The whole plan of a choice, and its simulated SQNR in dB."""
     floats, formats = {}, {}
+    labels = {}
     for layer, column in zip(table.layers, choice, strict=True):
-        option = table.options[column]
+        option = labels[layer] = table.options[column]
         if option == FLOAT:
             floats[layer] = CHOSEN
         else:
-            formats[layer] = _format(decision, option)
+            formats[layer] = form_of(decision, option)
+            labels[layer] = formats[layer].label.split(",")[0]
     made = builder.build(with_formats(keeping_float(decision, floats), formats))
     score = builder.score(made)
     entries = tuple(
-        Entry("mixed", layer, table.options[c] if table.options[c] == FLOAT else f"int{table.options[c]}",
-              f"alone it costs {table.scores[r, c]:+.2g} of output loss against 8 bits")
+        Entry("mixed", layer, labels[layer], f"alone it costs {table.scores[r, c]:+.2g} of output loss against 8 bits")
         for r, (layer, c) in enumerate(zip(table.layers, choice, strict=True))
-    )  # fmt: skip
+    )
     return score, replace(made, ledger=(*made.ledger, *entries))
 
 
@@ -374,10 +190,11 @@ def _times(builder: Builder, decision: Decision, table: Table, trial: Try) -> np
 
 def _smallest(builder: Builder, decision: Decision, table: Table, goal_db: float) -> Compressed:
     """Sweep from the smallest plan up, each judged whole, and take the first that holds the goal."""
-    least, most = table.bytes.min(1).sum(), table.bytes[:, table.options.index("8")].sum()
+    totals, eight = table.bytes.sum(0), table.options.index("8")
+    limits = [*np.geomspace(table.bytes.min(1).sum(), totals[eight], SWEEP), *totals[eight + 1 :]]
     best = None
-    for count, limit in enumerate([*np.geomspace(least * 1.0001, most * 1.0001, SWEEP), table.bytes.max(1).sum()]):
-        choice = solve(table, [(table.bytes, float(limit))])
+    for count, limit in enumerate(limits):
+        choice = solve(table, [(table.bytes, float(limit) * 1.0001)])
         assert choice is not None
         score, made = _built(builder, decision, table, choice)
         builder.progress("mixed", count + 1)

@@ -68,11 +68,16 @@ def placement(path: Path, job: Job) -> Placement:
 
 
 def stored(path: Path) -> dict[str, int]:
-    """{"weights int4": how many tensors of weight codes the file holds in so few bits, ...}; 8 bits are not counted."""
+    """{"weights int4": how many tensors of weight codes the file holds in so few bits, ...}; 8 bits are not counted.
+
+    "weights float16": constants of half precision that are cast for float32 arithmetic when the file is loaded.
+    """
     model = onnx.load(path, load_external_data=False)
     names = {onnx.TensorProto.INT4: "int4", onnx.TensorProto.INT2: "int2"}
     kinds = Counter(f"weights {names[t.data_type]}" for t in model.graph.initializer if t.data_type in names)
     kinds["weights int4"] += sum(n.op_type == "MatMulNBits" for n in model.graph.node)
+    halves = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    kinds["weights float16"] += sum(n.op_type == "Cast" and n.input[0] in halves for n in model.graph.node)
     return {name: count for name, count in kinds.items() if count}
 
 

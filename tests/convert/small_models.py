@@ -63,6 +63,21 @@ def cnn() -> nn.Module:
     return model
 
 
+def planted() -> nn.Module:
+    """Four linear layers, seed 0; the second has one input with weights a thousand times the others', which meets
+    numbers as much smaller: a scale per output channel leaves the others few of their 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[0].weight[0] /= 1000
+        model[0].bias[0] /= 1000
+        model[2].weight[:, 0] *= 1000
+    return model
+
+
 def prepared(module: nn.Module, example: Tensor, count: int = 48) -> tuple[Captured, Samples]:
     """A captured model and `count` random samples of its input."""
     model = captured(module, example)

@@ -194,6 +194,7 @@ def test_compressed_weights_are_compressed_on_disk(half: bool, stored: int, tmp_
     TARGET.lower(job(graph, {"x": x}), path)
     weights = [t for t in onnx.load(path).graph.initializer if np.prod(t.dims) == 32 * 16]
     assert [t.data_type for t in weights] == [stored]
+    assert TARGET.placement(path, job(graph, {"x": x})).kinds.get("weights float16", 0) == int(half)
     output = TARGET.open(path).run({"x": x.numpy()})["y"]
     np.testing.assert_allclose(output, graph(x).numpy(), atol=FLOAT_TOLERANCE, rtol=0)
 
