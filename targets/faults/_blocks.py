@@ -17,17 +17,23 @@ FACTOR = 1.5
 
 @dataclass(frozen=True)
 class Block:
-    """An array as it lies in `file` from byte `offset` on: C order, little-endian, `dtype` by its NumPy name."""
+    """An array as it lies in `file` from byte `offset` on: C order, little-endian, `dtype` by its NumPy name.
+
+    `bits`: where they are fewer than the type's, numbers stand bit behind bit, each from its lowest on. They are read
+    and written without a sign: as fields of bits that stand for codes, or as indices.
+    """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    bits: int | None = None
 
     @property
     def bytes(self) -> int:
         """Its length in the file."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        count = int(np.prod(self.shape))
+        return count * np.dtype(self.dtype).itemsize if self.bits is None else -(-count * self.bits // 8)
 
     @property
     def is_float(self) -> bool:
@@ -41,11 +47,19 @@ class Block:
             content = file.read(self.bytes)
         if len(content) != self.bytes:
             raise TargetError(f"{self.file.name} ends within a weight")
+        if self.bits is not None:
+            single = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+            fields = single[: int(np.prod(self.shape)) * self.bits].reshape(*self.shape, self.bits)
+            return np.packbits(fields, axis=-1, bitorder="little")[..., 0]
         return np.frombuffer(content, self.dtype).reshape(self.shape).copy()
 
     def write(self, values: NDArray[Any]) -> None:
         """Put `values` (same shape) in its place."""
-        content = np.ascontiguousarray(values.astype(self.dtype)).tobytes()
+        stored = np.ascontiguousarray(values.astype(self.dtype))
+        if self.bits is not None:
+            single = np.unpackbits(stored[..., None], axis=-1, bitorder="little")[..., : self.bits]
+            stored = np.packbits(single.reshape(-1), bitorder="little")
+        content = stored.tobytes()
         assert len(content) == self.bytes
         with self.file.open("r+b") as file:
             file.seek(self.offset)
@@ -54,12 +68,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of a layer: its numbers or codes, the axis of its output channels, and the scale of codes."""
+    """The weight of a layer: its numbers, codes or indices, the axis of its output channels, and what it is made with:
+    the scale of codes, or the table that indices point into (float, its last axes [2^bits] or [2^bits, 1])."""
 
     name: str
     values: Block
     axis: int
     scale: Block | None = None
+    table: Block | None = None
 
 
 Finder = Callable[[Path], list[Weight]]
@@ -117,13 +133,25 @@ def _scale(weight: Weight) -> str:
 def _not_a_number(weight: Weight) -> str:
     block, what = _factor(weight)
     values = block.read()
-    values.reshape(-1)[values.size // 2] = np.nan
+    values.reshape(-1)[values.size // 2 if block is not weight.table else _in_use(weight, values)] = np.nan
     block.write(values)
     return f"wrote a NaN into {what}"
 
 
+def _in_use(weight: Weight, table: NDArray[Any]) -> int:
+    """Where in a table, one for all or one per block, the number lies that the middle one of the weights stands for."""
+    indices = weight.values.read()
+    middle = np.unravel_index(indices.size // 2, indices.shape)
+    blocks = table.shape[: indices.ndim] if table.ndim > indices.ndim else (1,) * indices.ndim
+    place = [int(i) * count // size for i, count, size in zip(middle, blocks, indices.shape, strict=True)]
+    entries = table.size // int(np.prod(blocks))
+    return int(np.ravel_multi_index((*place, int(indices[middle])), (*blocks, entries)))
+
+
 def _factor(weight: Weight) -> tuple[Block, str]:
-    """The floating-point numbers a weight scales with: its scale, else itself."""
+    """The floating-point numbers a weight is made with: its table, its scale, else itself."""
+    if weight.table is not None:
+        return weight.table, f"the table of the weight {weight.name}"
     if weight.scale is not None:
         return weight.scale, f"the scale of the weight {weight.name}"
     if weight.values.is_float:

@@ -356,6 +356,19 @@ def test_every_fault_is_noticed_in_every_format(recipe: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["palette4", "w4"])
+def test_every_fault_is_noticed_in_core_ml_weights_of_4_bits(recipe: str) -> None:
+    pytest.importorskip("coremltools")
+    out = made_out.converted((("iphone-a17-pro", "coreml"),), recipe)
+    verdicts = check(out, None, None, self_test=True, threads=1, progress=Silent())
+    assert [f"{v.gate}: {v.reason}" for v in verdicts if not v.passed] == []
+    injected = [v for v in verdicts if v.gate.startswith("self-test/") and v.value is not None]
+    assert len(injected) == len(FAULTS)
+    said = next(v.reason for v in injected if v.gate == "self-test/scaled-weight")
+    assert ("the table of" if recipe == "palette4" else "the scale of") in said
+
+
+@pytest.mark.slow
 def test_a_file_added_to_a_package_fails_integrity(tmp_path: Path) -> None:
     made_out.need_all_targets()
     out = made_out.copy(made_out.converted(made_out.ALL, "int8"), tmp_path)

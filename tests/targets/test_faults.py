@@ -1,6 +1,7 @@
 """Each fault changes what it says it changes and nothing else; where there is no place for it, it says so."""
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import targets
 from targets import faults
 from targets.errors import TargetError
-from targets.faults._blocks import Block, Weight
+from targets.faults._blocks import Block, Weight, faults_of
 
 CODES = np.random.default_rng(0).integers(-127, 128, (6, 4), dtype=np.int8)
 SCALES = np.linspace(0.01, 0.06, 6, dtype=np.float32)
@@ -149,6 +152,36 @@ def test_a_block_reads_and_writes_its_own_bytes_only(tmp_path: Path) -> None:
         Block(path, 24, "float32", (3,)).read()
 
 
+@given(bits=st.integers(1, 7), rows=st.integers(1, 5), seed=st.integers(0, 99))
+def test_packed_numbers_are_read_and_written_bit_by_bit(bits: int, rows: int, seed: int) -> None:
+    from targets._coreml_weights import pack
+
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "f"
+        path.write_bytes(b"\xaa" * 40)
+        block = Block(path, 8, "uint8", codes.shape, bits)
+        block.write(codes)
+        content = path.read_bytes()
+        np.testing.assert_array_equal(block.read(), codes)
+    assert content[8 : 8 + block.bytes] == pack(codes, bits).tobytes()
+    assert content[:8] + content[8 + block.bytes :] == b"\xaa" * (40 - block.bytes)
+
+
+def test_a_nan_goes_to_a_number_of_the_table_that_a_weight_stands_for(tmp_path: Path) -> None:
+    """One table of four numbers for each row and each half of it; of the row in the middle only number 3 is used."""
+    indices = np.zeros((3, 4), np.uint8)
+    indices[1] = 3
+    (tmp_path / "codes").write_bytes(b"\0" * 3)
+    (tmp_path / "tables").write_bytes(np.arange(24, dtype=np.float16).tobytes())
+    codes = Block(tmp_path / "codes", 0, "uint8", (3, 4), 2)
+    codes.write(indices)
+    table = Block(tmp_path / "tables", 0, "float16", (3, 2, 4, 1))
+    found = faults_of(lambda path: [Weight("w", codes, 0, table=table)], lambda path: path)
+    assert found["not-a-number"](tmp_path) == "wrote a NaN into the table of the weight w"
+    assert np.argwhere(np.isnan(table.read())).tolist() == [[1, 1, 3, 0]]
+
+
 def test_every_target_has_the_same_faults_and_an_unknown_one_is_named() -> None:
     pytest.importorskip("coremltools")
     named = {name: list(faults.find(name)) for name in targets.names()}
@@ -215,3 +248,58 @@ def test_a_weight_file_without_the_blobs_it_should_hold_is_a_target_error(tmp_pa
     shutil.rmtree(path / "Data")
     with pytest.raises(TargetError):
         faults.find("coreml")["scaled-weight"](path)
+
+
+# Packed codes with scales, indices with tables in weight.bin (16 numbers) and within the program (fewer than 10), and
+# codes as tables of one per group; iOS 16 keeps indices as bytes, iOS 18 with their shape.
+PACKED = [
+    ("int", 4, None, "iOS17"),
+    ("int", 4, 32, "iOS17"),
+    ("int", 2, 32, "iOS17"),
+    ("palette", 4, None, "iOS17"),
+    ("palette", 2, None, "iOS17"),
+    ("palette", 1, None, "iOS18"),
+    ("palette", 3, None, "iOS18"),
+    ("palette", 6, None, "iOS18"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "bits", "group", "system"), PACKED)
+def test_faults_reach_core_ml_weights_of_fewer_than_8_bits(
+    kind: str, bits: int, group: int | None, system: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("coremltools")
+    from test_coreml import run
+    from test_coreml_formats import IDS, lowered, stored
+
+    from calibrate.plan import WeightFormat
+    from targets.faults.coreml import weights
+
+    path = lowered(stored(WeightFormat(bits, group, kind), system=system), tmp_path)  # type: ignore[arg-type]
+    conv, linear = weights(path)
+    assert [w.values.shape for w in (conv, linear)] == [(64, 64, 3), (128, 64)]
+    assert {w.values.bits for w in (conv, linear)} == {bits}
+    before, expected, indices = read(path), run(path, {"ids": IDS})["y"], conv.values.read()
+    for fault, inject in faults.find("coreml").items():
+        copy = shutil.copytree(path, tmp_path / fault / path.name)
+        said = inject(copy)
+        if fault in ("truncated-file", "missing-file"):
+            with pytest.raises(TargetError):
+                run(copy, {"ids": IDS})
+            continue
+        got = run(copy, {"ids": IDS})["y"]
+        assert not np.array_equal(got, expected), said
+        if fault == "flipped-bit":
+            assert changed_bits(before, read(copy)) == 1
+        elif fault == "permuted-channels":
+            np.testing.assert_array_equal(weights(copy)[0].values.read(), np.roll(indices, 1, 0))
+        elif fault == "not-a-number":
+            assert np.isnan(got).any()
+        else:
+            assert "table" in said or "scale" in said
+
+
+def read(package: Path) -> bytes:
+    """All files of a package, one after the other."""
+    return b"".join(file.read_bytes() for file in sorted(package.rglob("*")) if file.is_file())
