@@ -52,7 +52,7 @@ LOGIC = frozenset(
 )
 """Shapes, masks and indices: no arithmetic on the model's values."""
 MOVES = MOVEMENT | LOGIC
-DEQUANTIZING = (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP)
+DEQUANTIZING = (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP, qdq.DEQUANTIZE_FLOAT8)
 EDGE_KINDS = frozenset(("add", "sub", "mul", "mean", "avg_pool", "cat", "sigmoid", "softmax", "leaky_relu"))
 """Kinds whose integer kernel reads and writes codes."""
 

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 
 from calibrate.samples import Batch, InputSpec
 
 from ._onnx_exact import exact_model
 from .errors import TargetError
 
+FLOAT8 = frozenset((onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2))
 PROVIDERS = ["CPUExecutionProvider"]
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not NumPy's
 
@@ -89,9 +92,16 @@ def session_options() -> onnxruntime.SessionOptions:
 def load(path: Path, options: onnxruntime.SessionOptions, exact: bytes | None = None) -> onnxruntime.InferenceSession:
     """A CPU session on the file, or on its model for exact sums (`exact_model`).
 
+    8-bit floats are computed as the file has them, unfused. As of 1.32 rewritings that are meant for integers take them
+    for such: a relu before a Quantize goes, since the zero point's byte is 0, a clamp there is an error, and Quantize
+    nodes that are put in elsewhere write uint8.
+
     Raises TargetError with the runtime's own words where it refuses the model.
     """
     disabled = []
+    if holds_float8(path):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        disabled = ["ReluQuantRewrite", "ClipQuantRewrite"]
     if exact is not None:
         options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = ["ConstantSharing"]  # would undo what exact_model did
@@ -102,3 +112,12 @@ def load(path: Path, options: onnxruntime.SessionOptions, exact: bytes | None = 
     except Exception as error:  # onnxruntime's exceptions have no common base
         first = str(error).strip().splitlines()[0]
         raise TargetError(f"ONNX Runtime {onnxruntime.__version__} can't load {path.name}: {first}") from error
+
+
+def holds_float8(path: Path) -> bool:
+    """Whether the file has constants of 8-bit floats; False for a file that is no model, of which the runtime tells."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError):
+        return False
+    return any(tensor.data_type in FLOAT8 for tensor in model.graph.initializer)

@@ -78,8 +78,10 @@ def _value(constants: dict[str, onnx.TensorProto], node: onnx.NodeProto, index: 
 
 def predicted_placement(path: Path, layers: Counter[str]) -> Placement:
     """TensorRT's rules applied to the file: a weighted operator is int8 when both its operands are dequantized codes,
-    any other when it also writes codes. A prediction: `kinds` says so in every line."""
+    any other when it also writes codes. A prediction: `kinds` says so in every line. 8-bit floats count as int8 does,
+    and are called "float8" there."""
     from ._onnx_placement import CONVERSIONS, MOVES, layer_of
+    from ._onnx_session import FLOAT8
 
     graph = onnx.load(path, load_external_data=False).graph
     made = {out: node for node in graph.node for out in node.output}
@@ -90,21 +92,22 @@ def predicted_placement(path: Path, layers: Counter[str]) -> Placement:
     kinds: Counter[str] = Counter()
     found: Counter[str] = Counter()
     constants = {t.name for t in graph.initializer}
+    narrow = "float8" if any(t.data_type in FLOAT8 for t in graph.initializer) else "int8"
     for node in graph.node:
         if node.op_type in CONVERSIONS:
             form = "weights" if node.input[0] in constants else "convert"
         elif node.op_type in MOVES:
             form = "move"
         else:
-            form = "int8" if _is_int8(node, made, readers) else "float"
+            form = narrow if _is_int8(node, made, readers) else "float"
         kinds[f"{form} {node.op_type} (predicted, not run on TensorRT)"] += 1
-        found[layer_of(node.name, layers)] += form == "int8"
+        found[layer_of(node.name, layers)] += form == narrow
     totals: Counter[str] = Counter()
     for name, count in kinds.items():
         totals[name.split()[0]] += count
     reason = "predicted, not run on TensorRT: not all inputs of the operator come from DequantizeLinear"
     fallbacks = tuple(Fallback(name, reason) for name in sorted(layers) if found[name] < layers[name])
-    return Placement(totals["int8"], totals["float"], totals["convert"], fallbacks, dict(sorted(kinds.items())))
+    return Placement(totals[narrow], totals["float"], totals["convert"], fallbacks, dict(sorted(kinds.items())))
 
 
 def _is_int8(node: onnx.NodeProto, made: dict[str, onnx.NodeProto], readers: dict[str, list[onnx.NodeProto]]) -> bool:

@@ -93,8 +93,9 @@ def placement(result: Result) -> Markup:
         return Markup()
     share = 100 * facts.int8_ops / total
     rest = [_rect(share, 100 - share, "float")] if facts.float_ops else []
-    bar = Bar(f"{facts.int8_ops} in int8", f"{facts.float_ops} in float", share, "good", "", rest)
-    return _picture([bar], f"Operators: {facts.int8_ops} in int8, {facts.float_ops} in float")
+    narrow = f"{facts.int8_ops} in {facts.narrow}"
+    bar = Bar(narrow, f"{facts.float_ops} in float", share, "good", "", rest)
+    return _picture([bar], f"Operators: {narrow}, {facts.float_ops} in float")
 
 
 def _picture(bars: list[Bar], title: str, decibels: float | None = None) -> Markup:

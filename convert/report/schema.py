@@ -217,6 +217,11 @@ class PlacementFacts(Part):
     fallbacks: tuple[FallbackFact, ...] = ()
     kinds: dict[str, int] = Field(default_factory=dict, description='Operators by "<format> <operator>".')
 
+    @property
+    def narrow(self) -> str:
+        """What the operators counted as `int8_ops` compute in: "int8", or "float8" for 8-bit floats."""
+        return "float8" if any(kind.startswith("float8 ") for kind in self.kinds) else "int8"
+
 
 class LedgerEntry(Part):
     """What one step did to one layer, or why it left the layer alone."""

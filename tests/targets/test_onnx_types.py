@@ -1,5 +1,6 @@
 """8-bit floats, 16-bit activations and palettes: written where a runtime has them, refused or named where not."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,60 @@ def test_tensorrt_gets_8_bit_floats_that_saturate_and_round_as_simulated(x: Tens
     # The runtime multiplies the dequantized numbers in float32, 16 products of magnitude 10 in its own order.
     np.testing.assert_allclose(output, simulate(graph)([x])[0].numpy(), atol=1e-5, rtol=0)
     assert np.abs(output - nn.functional.linear(x, graph(x).new_zeros(8, 16)).numpy()).max() > 0.1  # not nothing
+
+
+class Float8Chain(nn.Module):
+    """Convolutions on 8-bit floats with what runtimes like to fuse or move between them: relu, max_pool, a reshape."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in (("first", (8, 3, 3, 3)), ("second", (8, 8, 3, 3)), ("head", (5, 8 * 16))):
+            weight = torch.randn(shape, generator=generator) / 3
+            scales = weight.flatten(1).abs().amax(1) / 448
+            self.register_buffer(f"{name}_codes", qdq.quantize_float8(weight, scales, "float8_e4m3"))
+            self.register_buffer(f"{name}_scales", scales)
+        self.register_buffer("bias", torch.randn(8, generator=generator))
+        self.register_buffer("scale", torch.tensor(6.0 / 448))
+
+    def coded(self, x: Tensor) -> Tensor:
+        return qdq.DEQUANTIZE_FLOAT8(qdq.QUANTIZE_FLOAT8(x, self.scale, "float8_e4m3"), self.scale)
+
+    def weight(self, name: str) -> Tensor:
+        return qdq.DEQUANTIZE_FLOAT8(getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(nn.functional.conv2d(self.coded(x), self.weight("first"), self.bias, padding=1))
+        y = self.activation(nn.functional.conv2d(self.coded(y), self.weight("second"), self.bias, padding=1))
+        y = self.coded(nn.functional.max_pool2d(y, 2)).flatten(1)
+        return nn.functional.linear(self.coded(y), self.weight("head"))
+
+
+@pytest.mark.parametrize("activation", [torch.relu, nn.functional.relu6])
+def test_a_runtime_that_fuses_integers_does_not_take_8_bit_floats_for_such(
+    activation: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    graph, path = capture(Float8Chain(activation), (x,)), tmp_path / "m.onnx"
+    work = job(graph, {"x": x}, runtime="tensorrt", opset=20)
+    TARGET.lower(work, path)
+    expected = simulate(graph)([x])[0].numpy()
+    # A sum in another order may tip a value to the next of 8 numbers per power of two: of 128 inputs of the last layer
+    # a few, by 0.5 at most, times weights of 0.3.
+    got = TARGET.open(path).run({"x": x.numpy()})["y"]
+    assert np.abs(got - expected).max() < 0.3
+    placed = TARGET.placement(path, work)
+    assert (placed.int8_ops, placed.fallbacks) == (3, ())
+    assert placed.kinds["float8 Conv (predicted, not run on TensorRT)"] == 2
+
+    monkeypatch.setattr("targets._onnx_session.holds_float8", lambda path: False)
+    if activation is torch.relu:
+        wrong = TARGET.open(path).run({"x": x.numpy()})["y"]
+        assert np.abs(wrong - expected).max() > 1  # the relus are gone
+    else:
+        with pytest.raises(TargetError, match="Unexpected data type for QuantizeLinear"):
+            TARGET.open(path)
 
 
 def test_tensorrt_has_no_8_bit_floats_of_the_other_kind(x: Tensor, tmp_path: Path) -> None:
