@@ -369,6 +369,17 @@ def test_every_fault_is_noticed_in_core_ml_weights_of_4_bits(recipe: str) -> Non
 
 
 @pytest.mark.slow
+def test_an_artifact_of_8_bit_floats_computes_what_its_simulation_does_and_its_faults_are_noticed() -> None:
+    out = made_out.converted((("jetson-agx-thor", "onnx"),), "fp8")
+    (result,) = json.loads((out / "report.json").read_text())["results"]
+    assert result["match"]["within_one_step"]
+    # Nine layers with 3 bits of mantissa leave 24 dB; without their relus it would be less than 0.
+    assert result["drift"]["stages"][-1]["sqnr_db"] > 20
+    verdicts = check(out, None, None, self_test=True, threads=1, progress=Silent())
+    assert [f"{v.gate}: {v.reason}" for v in verdicts if not v.passed] == []
+
+
+@pytest.mark.slow
 def test_a_file_added_to_a_package_fails_integrity(tmp_path: Path) -> None:
     made_out.need_all_targets()
     out = made_out.copy(made_out.converted(made_out.ALL, "int8"), tmp_path)

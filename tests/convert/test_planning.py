@@ -129,6 +129,9 @@ def test_sixteen_bits_are_for_activations(cnn: torch.fx.GraphModule) -> None:
 def test_eight_bit_floats_and_palettes_are_refused_where_nothing_runs_them(cnn: torch.fx.GraphModule) -> None:
     with pytest.raises(TightfitError, match="no arithmetic for 8-bit floats"):
         decide(cnn, load("jetson-orin-nano"), "onnx", "fp8")
+    assert "quantize_float8" in decide(cnn, load("jetson-agx-thor"), "onnx", "fp8").plan.steps
+    with pytest.raises(TightfitError, match="Use --target onnx, for TensorRT"):
+        decide(cnn, load("jetson-agx-thor"), "tflite", "fp8")
     with pytest.raises(TightfitError, match="a Core ML format"):
         decide(cnn, load("raspberry-pi-4b"), "tflite", "palette4")
 

@@ -13,7 +13,7 @@ from device_profiles.kinds import OpKind
 TARGETS = ("coreml", "onnx", "tflite")
 PROMISED = {
     "raspberry-pi-zero-2w", "raspberry-pi-3b-plus", "raspberry-pi-4b", "raspberry-pi-5",
-    "jetson-nano", "jetson-xavier-nx", "jetson-orin-nano", "jetson-agx-orin",
+    "jetson-nano", "jetson-xavier-nx", "jetson-orin-nano", "jetson-agx-orin", "jetson-agx-thor",
     "iphone-a15", "iphone-a17-pro", "apple-m4", "snapdragon-8-gen-2", "snapdragon-8-elite",
     "pixel-tensor", "coral-edgetpu", "generic-x86", "generic-arm64",
 }  # fmt: skip
@@ -106,12 +106,18 @@ def test_recipes_follow_the_hardware():
 
 
 def test_tensorrt_rules_are_symmetric_and_quantize_only_the_skip_of_a_residual_add():
-    for name in ("jetson-xavier-nx", "jetson-orin-nano", "jetson-agx-orin"):
+    for name in ("jetson-xavier-nx", "jetson-orin-nano", "jetson-agx-orin", "jetson-agx-thor"):
         rules = device_profiles.load(name).rules("onnx")
         assert rules.symmetric_activations
         assert rules.activation_dtype == "int8"
         assert rules.residual_add == "skip"
         assert rules.quantize_outputs == ()
+
+
+def test_8_bit_floats_have_a_device_whose_opset_has_them():
+    found = [n for n in device_profiles.names() if (a := device_profiles.load(n).accelerator) and a.fp8]
+    assert found == ["jetson-agx-thor"]
+    assert (device_profiles.load("jetson-agx-thor").rules("onnx").opset or 0) >= 19
 
 
 def test_kinds_cover_those_that_graphs_are_sorted_into():
