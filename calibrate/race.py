@@ -30,8 +30,8 @@ MARGIN = 0.9
 # Clipped values on the race's samples from which the outputs' answer to a threshold is told; with fewer it is what they
 # answered to the next narrower threshold.
 EVENTS = 30
-# Of the samples seen, one in so many races, and at least and at most so many.
-SHARE, LEAST, MOST = 32, 16, 32
+# Samples that race. Of each the outputs' answer is one random number squared: fewer make the choice a draw.
+RACERS = 32
 # Clipped values of a tensor that are looked at, of one batch: about so many, in whole samples.
 CLIPPED = 2**11
 # Values of a tensor whose gradients are looked at, of one batch.
@@ -224,12 +224,9 @@ def _slices(graph: GraphModule, batches: Iterable[list[Tensor]], seen: list[Hist
     varies = isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value.shape[0], int)
     held = sum(h.seen / max(h.batches, 1) for h in seen)
     done = 0
-    limit: int | None = None
     for inputs in batches:
         count = len(inputs[0]) if inputs[0].dim() else 1
-        if limit is None:
-            limit = min(max(LEAST, count * max(h.batches for h in seen) // SHARE), MOST)
-        if done >= limit:
+        if done >= RACERS:
             break
         size = max(1, min(count, int(HELD * count / max(held, 1.0)))) if varies else count
         for start in range(0, count, size):

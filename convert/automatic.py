@@ -34,7 +34,7 @@ ORDER = (
 )
 # Tried one after the other, the likeliest to help first: ALWAYS, or where the diagnosis names what it stands for.
 ALWAYS = {
-    "quantize_static": ("correct_bias", "equalize", "gptq"),
+    "quantize_static": ("gptq", "equalize", "correct_bias"),
     "quantize_dynamic": ("gptq", "correct_bias"),
     "quantize_weights": ("gptq", "correct_bias"),
 }
