@@ -25,6 +25,8 @@ from ._tflite_fence import PACKED, insert_fences
 from .errors import TargetError
 
 Form = Literal["dynamic", "int8", "float16"]
+# XNNPACK's kernels for activations quantized at run time take groups of so many weights, and multiples of it.
+FAST_GROUP = 32
 _TO_FLOAT = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 _RANDOM = ("rand", "randn", "randint", "dropout", "bernoulli", "multinomial", "normal")
 
@@ -256,6 +258,13 @@ def _packed(layer: str, form: Form, codes: Tensor, scales: Tensor, bits: int) ->
         raise TargetError(
             f"the weight of '{layer}' has {bits}-bit codes with a scale per group; TFLite reads groups of 4-bit codes "
             "only: use 4 bits, or one scale per output channel."
+        )
+    group = codes.shape[1] // scales.shape[1] if scales.dim() == 2 else None
+    if form == "dynamic" and group is not None and group % FAST_GROUP:
+        raise TargetError(
+            f"the weight of '{layer}' has groups of {group}, for which LiteRT has a slow kernel alone, which "
+            f"leaves out the activation behind a layer; use groups of {FAST_GROUP} or a multiple of it, one scale per "
+            "output channel, or weights without quantized activations."
         )
     return PackedWeight(layer, form, _floats(codes, scales).numpy(), codes.numpy(), scales.numpy(), bits)
 

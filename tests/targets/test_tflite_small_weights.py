@@ -127,6 +127,18 @@ def test_dynamic_convolutions_on_small_weights_run_and_their_slowness_is_said(tm
     assert sum("8 bits" in r for r in reasons) == 1
 
 
+def test_groups_that_only_the_built_in_kernel_reads_are_refused_because_it_forgets_the_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = job(make_dynamic(capture(_mlp(), ROWS), bits=4, group=16), ROWS)
+    with pytest.raises(TargetError, match=r"has groups of 16, .* use groups of 32 or a multiple of it"):
+        TARGET.lower(case, tmp_path / "m.tflite")
+    monkeypatch.setattr("targets._tflite_prepare.FAST_GROUP", 16)  # what the refusal is for
+    path = _lowered(case, tmp_path)
+    assert TARGET.placement(path, case).kinds["built-in operators"] == 2
+    assert _difference(case, path, ROWS) > 0.1
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, None), (2, None), (4, 32)])
 def test_small_weights_before_float_arithmetic_keep_the_numbers(bits: int, group: int | None, tmp_path: Path) -> None:
     graph = capture(_mlp(), ROWS)
