@@ -2,7 +2,8 @@
 
 One case is one model in one runtime. Tightfit and the peers convert the same float model with the same samples; one
 process then loads every artifact, compares it with float on the same held-out samples, and times all in turns (CPU
-time of one thread, medians of rounds). The table prints each case's goal, and the reason where it was missed.
+time of one thread, medians of rounds). Peers start from the plain export of PyTorch or LiteRT Torch; "float" is
+Tightfit's own float artifact. The table prints each case's goal, and the reason where it was missed.
 """
 
 import argparse
@@ -62,9 +63,10 @@ class Case:
     why: str = ""  # the reason printed where a goal was missed
 
 
-ORT = ("onnxruntime static U8S8", "onnxruntime static S8S8", "onnxruntime dynamic per channel", "nncf static")
-ORT_T = (*ORT[:3], "nncf static, transformer")
-LITERT = ("ai-edge-quantizer static", "ai-edge-quantizer dynamic")
+PLAIN = "float, plain export"
+ORT = (PLAIN, "onnxruntime static U8S8", "onnxruntime static S8S8", "onnxruntime dynamic per channel", "nncf static")
+ORT_T = (*ORT[:4], "nncf static, transformer")
+LITERT = (PLAIN, "ai-edge-quantizer static", "ai-edge-quantizer dynamic")
 NO_VNNI = (
     "without VNNI, ONNX Runtime adds pairs of products in 16 bits: weights get 7 bits so that nothing saturates, which "
     "costs drift (the row for VNNI has all 8), and integer kernels gain less than on the processor the goal comes from"
@@ -81,13 +83,16 @@ CASES = (
     Case("MiniLM int8, ONNX Runtime", "minilm", "onnx", "auto", "cosine", 0.998, 0.53, peers=ORT_T, why=NO_VNNI),
     Case("MiniLM int8, ONNX Runtime with VNNI", "minilm", "onnx", "auto", "cosine", 0.998, device="generic-x86-vnni"),
     Case("MiniLM int8, LiteRT", "minilm", "tflite", "auto", "cosine", 0.9985, 0.27, peers=LITERT, why=LITERT_X86),
-    Case("DeiT-tiny int8, ONNX Runtime", "deit", "onnx", "auto", "sqnr", None, 0.62, peers=ORT[2:3], why=NO_VNNI),
-    Case("DeiT-tiny int8, LiteRT", "deit", "tflite", "auto", "sqnr", None, 0.45, peers=LITERT[1:], why=LITERT_X86),
+    Case("DeiT-tiny int8, ONNX Runtime", "deit", "onnx", "auto", "sqnr", None, 0.62,
+         peers=(PLAIN, ORT[3]), why=NO_VNNI),
+    Case("DeiT-tiny int8, LiteRT", "deit", "tflite", "auto", "sqnr", None, 0.45,
+         peers=(PLAIN, LITERT[2]), why=LITERT_X86),
     Case("ResNet-20 W4A8, ONNX Runtime", "resnet20", "onnx", "w4a8", "agreement", 0.97),
     Case("ResNet-20 W4A8, LiteRT", "resnet20", "tflite", "w4a8", "agreement", 0.97),
-    Case("MiniLM 4-bit weights, ONNX Runtime", "minilm", "onnx", "w4", "cosine", 0.985, mib=12, peers=("hqq 4 bits",)),
+    Case("MiniLM 4-bit weights, ONNX Runtime", "minilm", "onnx", "w4", "cosine", 0.985, mib=12,
+         peers=(PLAIN, "hqq 4 bits")),
     Case("MiniLM 4-bit weights, LiteRT", "minilm", "tflite", "w4a8", "cosine", 0.985, mib=12,
-         peers=("ai-edge-quantizer dynamic 4 bits",)),
+         peers=(PLAIN, "ai-edge-quantizer dynamic 4 bits")),
 )  # fmt: skip
 
 
@@ -137,7 +142,13 @@ def ai_edge_dynamic4(twin: Path, samples: Samples, path: Path) -> None:
     path.write_bytes(quantizer.Quantizer(str(twin), recipe.dynamic_wi4_afp32()).quantize().quantized_model)
 
 
+def float_as_exported(twin: Path, samples: Samples, path: Path) -> None:
+    """The float model itself, as PyTorch or LiteRT Torch writes it."""
+    path.write_bytes(twin.read_bytes())
+
+
 PEERS: dict[str, Callable[[Path, Samples, Path], None]] = {
+    "float, plain export": float_as_exported,
     "onnxruntime static S8S8": onnxruntime_static,
     "onnxruntime static U8S8": onnxruntime_u8s8,
     "onnxruntime dynamic per channel": onnxruntime_per_channel,
@@ -205,23 +216,23 @@ def run(case: Case, folder: Path, options: argparse.Namespace) -> Outcome:
         outcome.failure = f"skipped: {reason}"
         return outcome
     out = folder / case.name.replace(" ", "-").replace(",", "").lower()
-    start = time.perf_counter()
-    made = _tightfit(case, calibration, evaluation, out)
+    made = _tightfit(case, calibration, evaluation, out, options.reuse)
     if isinstance(made, str):
         outcome.failure = made
         return outcome
-    result, twin = made
-    ours = Entry(f"tightfit {result['recipe']}", str(out / result["artifact"]), seconds=time.perf_counter() - start)
+    result, twin, seconds = made
+    ours = Entry(f"tightfit {result['recipe']}", str(out / result["artifact"]), seconds=seconds)
     outcome.entries.append(ours)
     with np.load(calibration) as arrays:
         samples = dict(arrays)
+    plain = exported(case, samples, folder) if case.peers else twin
     for peer in case.peers:
         entry = Entry(peer)
         outcome.entries.append(entry)
         path = folder / f"{out.name}-{peer.replace(' ', '-')}{twin.suffix}"
         began = time.perf_counter()
         try:
-            PEERS[peer](twin, samples, path)
+            PEERS[peer](plain, samples, path)
             entry.path, entry.seconds = str(path), time.perf_counter() - began
         except Exception as error:  # whatever a peer's converter raises becomes its line in the table
             entry.note = f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
@@ -244,17 +255,45 @@ def run(case: Case, folder: Path, options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _tightfit(case: Case, calibration: Path, evaluation: Path, out: Path) -> tuple[dict, Path] | str:
-    """Run `tightfit convert`; its result and the float twin, or what it complained of."""
-    command = [str(Path(sys.executable).with_name("tightfit")), "convert", f"models:{case.model}", "--json", "--force"]
-    command += ["--device", device(case), "--target", case.target, "--recipe", case.recipe, *case.options]
-    command += ["--calibration", str(calibration), "--evaluation", str(evaluation), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
-    if done.returncode not in (0, 1) or not done.stdout:
-        return " ".join(done.stderr.split())[-300:] or f"exit code {done.returncode}"
-    (result,) = json.loads(done.stdout)["results"]
-    twin = next((out / device(case) / "float").iterdir())
-    return result, twin
+def _tightfit(
+    case: Case, calibration: Path, evaluation: Path, out: Path, reuse: bool
+) -> tuple[dict, Path, float | None] | str:
+    """Run `tightfit convert`; its result, the float twin and the seconds it took, or what it complained of.
+
+    With `reuse` what an earlier run left in `out` is taken as it is.
+    """
+    kept = out.with_suffix(".json")
+    if not (reuse and kept.exists()):
+        command = [str(Path(sys.executable).with_name("tightfit")), "convert", f"models:{case.model}", "--json"]
+        command += ["--force", "--device", device(case), "--target", case.target, "--recipe", case.recipe]
+        command += [*case.options, "--calibration", str(calibration), "--evaluation", str(evaluation), "-o", str(out)]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        if done.returncode not in (0, 1) or not done.stdout:
+            return " ".join(done.stderr.split())[-300:] or f"exit code {done.returncode}"
+        (result,) = json.loads(done.stdout)["results"]
+        kept.write_text(json.dumps({"result": result, "seconds": time.perf_counter() - start}))
+    found = json.loads(kept.read_text())
+    return found["result"], next((out / device(case) / "float").iterdir()), found["seconds"]
+
+
+def exported(case: Case, samples: Samples, folder: Path) -> Path:
+    """The float model as PyTorch's own exporter, or LiteRT Torch, writes it for one sample: what peers start from."""
+    path = folder / f"{case.model}-plain.{case.target}"
+    if path.exists():
+        return path
+    import torch
+
+    torch.set_num_threads(1)
+    model = getattr(models, case.model)()
+    sample = {name: torch.from_numpy(array[:1]) for name, array in samples.items()}
+    if case.target == "onnx":
+        torch.onnx.export(model, (), str(path), kwargs=sample, dynamo=True, external_data=False, verbose=False)
+    else:
+        import litert_torch
+
+        litert_torch.convert(model, sample_kwargs=sample).export(str(path))
+    return path
 
 
 def device(case: Case) -> str:
@@ -392,7 +431,8 @@ def page(outcomes: list[Outcome], options: argparse.Namespace) -> str:
     reasons = "".join(f"- {o.case.name}: {o.case.why}.\n" for o in outcomes if o.entries and _missed(o))
     text = (
         f"# Results of `ptq.py`\n\n{where}\n\n256 calibration images and {options.images} test images, or 128 and "
-        f"{options.sentences} sentences of 64 tokens; DeiT-tiny has random weights. CPU time of one thread, every "
+        f"{options.sentences} sentences of 64 tokens; DeiT-tiny has random weights. Peers start from the plain "
+        "export; float is Tightfit's own float artifact. CPU time of one thread, every "
         f"artifact of a case in one process, in turns, medians of {ROUNDS} rounds. `s`: wall seconds of the whole "
         "conversion; Tightfit's lowers the float twin, compares and times as well.\n\n"
     )
@@ -409,6 +449,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=2000, help="test images (%(default)s)")
     parser.add_argument("--sentences", type=int, default=500, help="test sentences (%(default)s)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep data and artifacts there")
+    parser.add_argument("--reuse", action="store_true", help="take Tightfit's conversions that --keep holds already")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=HERE / "ptq_results.md", help="(ptq_results.md beside this)")
     return parser.parse_args()
