@@ -29,14 +29,10 @@ HERE = Path(__file__).resolve().parent
 GAIN_DB = 0.1
 PLANS = (
     ("resnet20", "onnx", "int8"),
-    ("resnet20", "tflite", "int8"),
     ("resnet20", "onnx", "w4a8"),
-    ("vit", "onnx", "int8-dynamic"),
     ("vit", "onnx", "int8"),
-    ("vit", "tflite", "int8-dynamic"),
+    ("vit", "onnx", "int8-dynamic"),
     ("minilm", "onnx", "int8-dynamic"),
-    ("minilm", "onnx", "int8"),
-    ("minilm", "tflite", "int8-dynamic"),
     ("minilm", "onnx", "w4"),
 )
 CANDIDATES = (
