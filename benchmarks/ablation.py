@@ -49,7 +49,7 @@ def main() -> None:
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory(prefix="ablation-") as scratch:
         for model, target, recipe in PLANS:
-            if options.only and options.only not in f"{model} {target} {recipe}":
+            if options.only and not f"{model} {target} {recipe} ".startswith(f"{options.only} "):
                 continue
             for line in study(model, target, recipe, Path(scratch), options):
                 lines.append(line)
@@ -114,7 +114,7 @@ def _loaded(model: str, folder: Path, options: argparse.Namespace) -> tuple[Capt
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help='such as "resnet20 onnx" or "vit onnx int8-dynamic"')
+    parser.add_argument("--only", metavar="TEXT", help='such as "resnet20" or "vit onnx int8-dynamic"')
     parser.add_argument("--judged", type=int, default=64, help="held-out samples (%(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "ablation_results.md", help="(ablation_results.md)")
     return parser.parse_args()
