@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from .coded import CodedLayer, coded_layers, set_constant
 from .graph import constant, is_constant, kind
 from .plan import Plan
 from .ranges import representable
-from .training import INSIDE, LearnedScale, Saved, carrier, latent_steps, stored_scales, straight_round
+from .training import LearnedScale, Saved, carrier, stored_scales, straight_round
 
 # Learning rates relative to that of the weights, which is in codes: the same for all formats of few bits, and more of
 # them where codes are finer than those of four bits.
@@ -24,15 +24,15 @@ FOUR_BITS = 8
 
 
 class Weight:
-    """A layer's latent weight in units of its scales; the gradient passes its rounding where it is not clipped."""
+    """A layer's latent weight in units of its scales; the gradient passes its rounding where it is not clipped.
 
-    def __init__(self, graph: GraphModule, layer: CodedLayer, weight: Tensor | None, plan: Plan) -> None:
+    It starts in the middle of each code. From where the float weight lies, those near an edge would cross it in the
+    first steps, whatever their gradient (Adam's steps have one size), and undo what GPTQ or learned rounding chose.
+    """
+
+    def __init__(self, graph: GraphModule, layer: CodedLayer, plan: Plan) -> None:
         self.layer = layer
-        # A code that another step chose against the nearest one starts in its middle: from its edge, where the float
-        # weight would pull it, the first steps would undo the choice.
-        latent, codes = latent_steps(graph, layer, weight), constant(graph, layer.codes).float()
-        edge = (latent - codes).abs() >= INSIDE
-        self.latent = torch.where(edge, codes, latent).requires_grad_()
+        self.latent = constant(graph, layer.codes).float().requires_grad_()
         self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(self.latent.shape))
         self.learns_scale = not plan.format_of(layer.name).power_of_two
 
@@ -62,13 +62,13 @@ class Shift:
 class Student:
     """What is trained of `graph`, and how it is written back.
 
-    `floats`: layer -> its float weight, where known. Static activation scales that are alike in all their parameters
-    are one parameter, so that tensors which share a scale go on sharing it; what the plan fixes stays.
+    Static activation scales that are alike in all their parameters are one parameter, so that tensors which share a
+    scale go on sharing it; what the plan fixes stays.
     """
 
-    def __init__(self, graph: GraphModule, plan: Plan, floats: Mapping[Node, Tensor]) -> None:
+    def __init__(self, graph: GraphModule, plan: Plan) -> None:
         self.graph, self.plan = graph, plan
-        self.weights = [Weight(graph, x, floats.get(x.node), plan) for x in coded_layers(graph)]
+        self.weights = [Weight(graph, x, plan) for x in coded_layers(graph)]
         self.biases: dict[Node, tuple[Node, Shift]] = {}
         for layer in coded_layers(graph):
             if layer.bias is not None:

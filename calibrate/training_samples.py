@@ -23,12 +23,14 @@ TOO_FEW = "there are too few samples to hold some out to judge by: give at least
 class Samples:
     """Batches of the graph's positional inputs: `all` = those to learn from, then those held out.
 
-    `rowwise`: the batch may vary, so that minibatches can mix samples of all batches.
+    `rowwise`: the batch may vary, so that minibatches can mix samples of all batches. `classes`: for every batch its
+    class indices, int64 [N], where the context has labels.
     """
 
     all: list[list[Tensor]]
     held_from: int
     rowwise: bool
+    classes: list[Tensor] | None = None
 
     @classmethod
     def of(cls, graph: GraphModule, context: Context, limit: int, part: int = HELD_PART) -> "Samples | None":
@@ -44,14 +46,16 @@ class Samples:
                 break
         if not rowwise:
             held = max(1, len(batches) // part)
-            return cls(batches, len(batches) - held, False) if len(batches) > 1 else None
+            classes = _split(context.labels, batches)
+            return cls(batches, len(batches) - held, False, classes) if len(batches) > 1 else None
         rows = [torch.cat(column)[:limit] for column in zip(*batches, strict=True)]
         held = max(1, len(rows[0]) // part) if rows else 0
         if not rows or len(rows[0]) - held < 1:
             return None
         learn = list(zip(*(r[:-held].split(BATCH) for r in rows), strict=True))
         judge = list(zip(*(r[-held:].split(BATCH) for r in rows), strict=True))
-        return cls([list(b) for b in [*learn, *judge]], len(learn), True)
+        ready = [list(b) for b in [*learn, *judge]]
+        return cls(ready, len(learn), True, _split(context.labels, ready))
 
     @property
     def train(self) -> list[list[Tensor]]:
@@ -62,6 +66,20 @@ class Samples:
     def held(self) -> list[list[Tensor]]:
         """The batches held out."""
         return self.all[self.held_from :]
+
+    @property
+    def train_classes(self) -> list[Tensor | None]:
+        """The class indices of every batch to learn from; None where there are none."""
+        return self._of_all[: self.held_from]
+
+    @property
+    def held_classes(self) -> list[Tensor | None]:
+        """The class indices of every batch held out."""
+        return self._of_all[self.held_from :]
+
+    @property
+    def _of_all(self) -> list[Tensor | None]:
+        return [None] * len(self.all) if self.classes is None else [*self.classes]
 
 
 class Rows:
@@ -99,6 +117,14 @@ def output_db(reference: GraphModule, graph: GraphModule, batches: Iterable[list
     if error == 0:
         return math.inf
     return 10 * math.log10(power / error) if power > 0 and math.isfinite(error) else -math.inf
+
+
+def _split(labels: Tensor | None, batches: list[list[Tensor]]) -> list[Tensor] | None:
+    """The labels of each batch; batches hold the samples in the order of the labels, maybe not all of them."""
+    if labels is None:
+        return None
+    sizes = [len(b[0]) for b in batches]
+    return list(labels[: sum(sizes)].split(sizes))
 
 
 def _varies(graph: GraphModule) -> bool:

@@ -31,7 +31,7 @@ JUDGED = 128
 BATCH = 16
 # How much longer than by default a step may work that has a time limit or counts its rounds.
 PATIENCE = {"fast": 0.25, "normal": 1.0, "max": 4.0}
-COUNTED = ("iterations", "epochs", "time_limit_s")
+COUNTED = ("iterations", "time_limit_s")
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class Builder:
             batches=batches,
             few_batches=lambda: batches(FEW),
             progress=self.progress,
+            labels=torch.from_numpy(self.data.labels) if self.data.labels is not None else None,
             seed=self.seed,
             histograms=prefix.histograms,
             chosen=prefix.chosen,

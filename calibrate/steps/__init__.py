@@ -24,6 +24,7 @@ class Context:
     `batches()` starts a fresh pass over the calibration samples as the graph's positional inputs; `few_batches()` the
     same over a few of them, for work that is dear per sample. `progress(what, samples done)` may be called often.
     `float_graph` is the graph before the first step that quantized, None until one did: what later steps compare with.
+    `labels` are the samples' class indices, int64 [samples] in the order of `batches()`, None where nobody knows them.
     `parameters` are what the recipe set for the step that runs now; `seed` decides every random choice.
     `histograms` and `chosen` keep what was learned, so that a second plan on the same graph does not look again;
     `chosen` is keyed by the names of the tensors that share the range.
@@ -34,6 +35,7 @@ class Context:
     few_batches: Batches
     progress: Callable[[str, int], None] = lambda what, done: None
     float_graph: GraphModule | None = None
+    labels: Tensor | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     histograms: dict[str, Histogram] = field(default_factory=dict)

@@ -1,23 +1,27 @@
-"""Train the quantized model for a short while to answer as the float model does, on the calibration samples alone."""
+"""Train the quantized model for a short while to answer as the float model does, and as labels say if asked."""
 
 import math
-import time
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from calibrate.blocks import block_units
-from calibrate.graph import constant, weight_nodes
-from calibrate.lockstep import partners
+from calibrate.errors import CalibrationError
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.training import Runner
+from calibrate.training_clock import Clock
+from calibrate.training_loss import Lesson, Teaching
 from calibrate.training_model import Student
 from calibrate.training_samples import TOO_FEW, Rows, Samples, output_db
 
 NAME = "finetune"
+# Adam's memory of squared gradients: short trainings, whose gradients change their size on the way.
+BETAS = (0.9, 0.99)
+DB, LOSS = "dB", "loss"
+DIGITS = {DB: 1, LOSS: 3}
 
 
 class Finetune:
@@ -25,21 +29,27 @@ class Finetune:
     (their gradients are those of LSQ, arXiv 1902.08153), biases, and gamma and beta of layer norms.
 
     The loss is the Kullback-Leibler divergence from the float model's classes for an output [N, classes], cosine
-    distance for others, the squared error of the outputs, and of each block's output. Zero points stay, and tensors
-    that share a scale go on sharing it. The epoch that did best on held-out samples is kept; where it did not bring
-    the model's output closer to float, all is rolled back. Random choices come from the context's seed; two runs
-    differ only where `time_limit_s` cut one short.
+    distance for others, the squared error of the outputs, and `blocks` times that of each block's output; with
+    `labels` that weight of the cross entropy besides. For `intervention`, a share of the steps from the first, blocks
+    receive the teacher's activation in place of their own (arXiv 2302.11812), less and less often. Zero points stay,
+    and tensors that share a scale go on sharing it.
+
+    The epoch that did best on held-out samples is kept. All is rolled back where the model's output did not come
+    closer to float on them, or with `labels`, where their loss did not fall. Random choices come from the context's
+    seed; two runs differ only where `time_limit_s` cut one short, which the ledger then says.
     """
 
     exact = False
     refines = True
     defaults: ClassVar[dict[str, Any]] = {
-        "epochs": 3,
-        "lr": 0.002,
+        "iterations": 200,
+        "lr": 0.01,
         "batch": 32,
         "samples": 1024,
         "time_limit_s": 300.0,
-        "blocks": 0.3,
+        "blocks": 1.0,
+        "labels": 0.0,
+        "intervention": 0.0,
     }
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
@@ -48,16 +58,19 @@ class Finetune:
         samples = Samples.of(graph, context, context.parameters["samples"])
         if samples is None:
             return [Entry(NAME, "model", "left alone", TOO_FEW)]
-        student = Student(graph, context.plan, _float_weights(reference, graph))
+        student = Student(graph, context.plan)
         if not student.parameters():
             return [Entry(NAME, "model", "left alone", "no layer has a weight in codes to train")]
-        before = output_db(reference, graph, samples.held)
-        steps = _train(graph, reference, student, samples, context)
+        if float(context.parameters["labels"]):
+            _refuse_useless(context.labels, graph)
+        before, _ = _standing(graph, reference, samples, context)
+        clock = _train(graph, reference, student, samples, context)
         student.store()
         graph.recompile()  # other arguments of nodes, not only other constants
-        after = output_db(reference, graph, samples.held)
-        change = f"{before:.1f} -> {after:.1f} dB on held-out samples after {steps} steps"
-        if not after > before:
+        after, unit = _standing(graph, reference, samples, context)
+        change = f"{before:.{DIGITS[unit]}f} -> {after:.{DIGITS[unit]}f} {unit} on held-out samples"
+        change += f" after {clock.taken} steps{clock.note()}"
+        if not (after > before if unit == DB else after < before):
             student.restore()
             return [Entry(NAME, "model", "left alone", f"rolled back: {change}")]
         return [Entry(NAME, "model", f"trained {student.summary()}", change)]
@@ -66,85 +79,78 @@ class Finetune:
         return None
 
 
-def _float_weights(reference: GraphModule, graph: GraphModule) -> dict[Node, Tensor]:
-    """Layer of the quantized graph -> the weight that it had as float."""
-    found = {}
-    for node, twin in partners(reference, graph).items():
-        source = weight_nodes(twin)[0]
-        if source is not None:
-            found[node] = constant(reference, source)
-    return found
+def _refuse_useless(labels: Tensor | None, graph: GraphModule) -> None:
+    """Raises CalibrationError where labels are asked for and can't teach this model."""
+    if labels is None:
+        raise CalibrationError(
+            "finetune is to learn from labels, and the calibration data has none: add an array `labels` with one class "
+            "index per sample, or set labels = 0 in the recipe's [parameters.finetune]"
+        )
+    first = list(graph.graph.nodes)[-1].all_input_nodes[0].meta.get("val")
+    shape = tuple(first.shape) if isinstance(first, Tensor) else ()
+    if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2:
+        raise CalibrationError(
+            "finetune is to learn from labels, but the model's first output holds no scores of classes: "
+            "set labels = 0 in the recipe's [parameters.finetune]"
+        )
+    if int(labels.max()) >= shape[1]:
+        raise CalibrationError(
+            f"the calibration data has a label {int(labels.max())}, but the model has {shape[1]} classes, 0 to "
+            f"{shape[1] - 1}: give the labels this model was trained with"
+        )
 
 
-def _train(graph: GraphModule, reference: GraphModule, student: Student, samples: Samples, context: Context) -> int:
-    """Train for the epochs wished for, or until the time is up; the number of steps taken."""
+def _standing(graph: GraphModule, reference: GraphModule, samples: Samples, context: Context) -> tuple[float, str]:
+    """How `graph` as it is stored does on the held-out samples in what was asked for, and the unit of that number."""
+    weight = float(context.parameters["labels"])
+    if not weight:
+        return output_db(reference, graph, samples.held), DB
+    lesson = Lesson(Runner(graph, {}), Runner(reference, {}), labels=weight)
+    return lesson.mean(samples.held, samples.held_classes), LOSS
+
+
+def _train(graph: GraphModule, reference: GraphModule, student: Student, samples: Samples, context: Context) -> Clock:
+    """Train for the steps wished for, or until the time is up; the student is then as good as at its best epoch."""
     wish = context.parameters
     generator = torch.Generator().manual_seed(context.seed)
-    rows = Rows([[*b] for b in samples.train], samples.rowwise)
+    rows = Rows([[*b, c] for b, c in zip(samples.train, samples.train_classes, strict=True)], samples.rowwise)
     count = sum(len(b[0]) for b in samples.train)
     per_epoch = math.ceil(count / int(wish["batch"])) if samples.rowwise else len(samples.train)
-    total = max(1, int(wish["epochs"]) * per_epoch)
-    units = block_units(reference, graph)
-    pairs = [(u.exit, u.float_exit) for u in units[:-1]]
-    learner, teacher = Runner(graph, student.given, student.steps), Runner(reference, {})
-    optimizer = torch.optim.Adam(student.groups(float(wish["lr"])))
+    lesson = Lesson(
+        Runner(graph, student.given, student.steps),
+        Runner(reference, {}),
+        [(u.exit, u.float_exit) for u in block_units(reference, graph)[:-1]],
+        float(wish["blocks"]),
+        float(wish["labels"]),
+    )
+    optimizer = torch.optim.Adam(student.groups(float(wish["lr"])), betas=BETAS)
     rates = [g["lr"] for g in optimizer.param_groups]
-    start, done, taken = time.monotonic(), 0.0, 0
     best, least = student.snapshot(), math.inf
+    clock = Clock(int(wish["iterations"]), float(wish["time_limit_s"]))
     with torch.enable_grad():
-        while done < 1:
+        while clock.done < 1:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
-            batch = [t for t in rows.minibatch(int(wish["batch"]), generator) if t is not None]
-            loss = _loss(learner, teacher, batch, pairs, float(wish["blocks"]))
+                group["lr"] = rate * (1 + math.cos(math.pi * clock.done)) / 2
+            *inputs, classes = rows.minibatch(int(wish["batch"]), generator)
+            teaching = _teaching(clock.done, float(wish["intervention"]), generator)
+            loss = lesson.loss([t for t in inputs if t is not None], classes, teaching)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], 1e3)
             optimizer.step()
-            taken += 1
-            done = max(taken / total, (time.monotonic() - start) / float(wish["time_limit_s"]))
-            context.progress(NAME, taken * int(wish["batch"]))
-            if taken % per_epoch == 0 or done >= 1:
-                with torch.no_grad():
-                    judged = sum(float(_loss(learner, teacher, b, [], 0.0)) * len(b[0]) for b in samples.held)
+            clock.tick()
+            context.progress(NAME, clock.taken * int(wish["batch"]))
+            if clock.taken % per_epoch == 0 or clock.done >= 1:
+                judged = lesson.mean(samples.held, samples.held_classes)
                 if judged < least:
                     best, least = student.snapshot(), judged
     student.load(best)
-    return taken
+    return clock
 
 
-def _loss(
-    learner: Runner, teacher: Runner, batch: list[Tensor], pairs: list[tuple[Node, Node]], blocks: float
-) -> Tensor:
-    """How far the learner's outputs, and block outputs, are from the teacher's on `batch`."""
-    with torch.no_grad():
-        wanted = teacher.run(teacher.nodes, dict(zip(teacher.placeholders, batch, strict=True)))
-    got = learner.run(learner.nodes, dict(zip(learner.placeholders, batch, strict=True)))
-    terms = [
-        distance(got[mine], wanted[theirs])
-        for mine, theirs in zip(learner.outputs, teacher.outputs, strict=True)
-        if wanted[theirs].is_floating_point()
-    ]
-    loss = torch.stack(terms).sum()
-    if pairs and blocks:
-        loss = loss + blocks * torch.stack([relative(got[a], wanted[b]) for a, b in pairs]).mean()
-    return loss
-
-
-def relative(got: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the power of what is wanted."""
-    return (got - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
-
-
-def distance(got: Tensor, wanted: Tensor) -> Tensor:
-    """Divergence of class probabilities for logits [N, classes > 1], else cosine distance; plus the squared error."""
-    if wanted.dim() == 2 and wanted.shape[1] > 1:
-        ours, theirs = torch.log_softmax(got, 1), torch.log_softmax(wanted, 1)
-        apart = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    else:
-        flat, reference = got.reshape(len(got), -1), wanted.reshape(len(wanted), -1)
-        apart = 1 - torch.nn.functional.cosine_similarity(flat, reference).mean()
-    return apart + relative(got, wanted)
+def _teaching(done: float, share: float, generator: torch.Generator) -> Teaching | None:
+    """The intervention at this point of the training: its probability falls linearly from 1 to 0 within `share`."""
+    return Teaching(1 - done / share, generator) if done < share else None
 
 
 STEP = Finetune()

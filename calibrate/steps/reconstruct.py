@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from calibrate.lockstep import partners
 from calibrate.plan import Entry
 from calibrate.steps import Context
 from calibrate.training import Coins, Runner, Saved, carrier
+from calibrate.training_clock import Clock
 from calibrate.training_samples import TOO_FEW, Rows, Samples, output_db
 
 NAME = "reconstruct"
@@ -27,6 +28,8 @@ WARM, SOFTEST, HARDEST = 0.2, 20.0, 2.0
 SCALE_RATE, BIAS_RATE = 0.02, 0.1
 # The loss is looked at every so many iterations; below this relative fall it no longer falls.
 LOOK, FALL = 50, 0.01
+# What a layer takes to run and train besides, in multiplications for each sample of a minibatch.
+OVERHEAD = 10**6
 
 
 class Reconstruct:
@@ -35,7 +38,7 @@ class Reconstruct:
 
     A block that does not come closer to the float block on held-out samples is put back, and so is everything when the
     model's output doesn't. Random choices come from the context's seed; two runs differ only where `time_limit_s` cut
-    one short.
+    one short, which the ledger then says.
     """
 
     exact = False
@@ -66,7 +69,7 @@ class Reconstruct:
         if samples is None:
             return [Entry(NAME, "model", "left alone", TOO_FEW)]
         before = output_db(reference, graph, samples.held)
-        work = _Work(graph, context, samples, len(units))
+        work = _Work(graph, context, samples, units)
         walk_units(reference, graph, samples.all, units, work.visit)
         graph.recompile()  # biases are other nodes now
         after = output_db(reference, graph, samples.held)
@@ -75,6 +78,8 @@ class Reconstruct:
         for saved in work.changed:
             saved.restore(graph)
         reason = f"rolled back: the output was {before:.1f} dB on held-out samples and came to {after:.1f} dB"
+        if work.stopped:
+            reason += ", in the time that time_limit_s leaves: another run may differ"
         return [Entry(NAME, "model", "left alone", reason)]
 
     def ensures(self, graph: GraphModule) -> str | None:
@@ -84,11 +89,14 @@ class Reconstruct:
 class _Work:
     """One pass over the units; collects the ledger and what it changed."""
 
-    def __init__(self, graph: GraphModule, context: Context, samples: Samples, count: int) -> None:
-        self.graph, self.context, self.samples, self.count = graph, context, samples, count
+    def __init__(self, graph: GraphModule, context: Context, samples: Samples, units: Sequence[Unit]) -> None:
+        self.graph, self.context, self.samples = graph, context, samples
+        # What is still to be done: units get their part of the time by it.
+        self.ahead = sum(_work(u) for u in units if self._wanted(u))
         self.ledger: list[Entry] = []
         self.changed: list[Saved] = []
         self.done = 0
+        self.stopped = False
         self.generator = torch.Generator().manual_seed(context.seed)
         self.end = time.monotonic() + float(context.parameters["time_limit_s"])
         assert context.float_graph is not None
@@ -97,17 +105,25 @@ class _Work:
     def visit(self, data: UnitData) -> None:
         """Reconstruct one unit, or say why not."""
         wish = self.context.parameters
-        layers = [x for x in data.unit.layers if x.bits <= wish["max_bits"]]
-        share = (self.end - time.monotonic()) / (self.count - self.done)
+        layers = self._wanted(data.unit)
         self.done += 1
         if not layers:
             reason = f"its weights have more than {wish['max_bits']} bits, where rounding to nearest does"
             self._say(data.unit.layers, "left alone", reason)
-        elif share <= 0:
-            self._say(layers, "left alone", f"the time limit of {wish['time_limit_s']:.0f} s was reached before")
+            return
+        work, left = _work(data.unit), self.end - time.monotonic()
+        if left <= 0:
+            reason = f"the time limit of {wish['time_limit_s']:.0f} s was reached before: another run may differ"
+            self._say(layers, "left alone", reason)
+            self.stopped = True
         else:
-            self._reconstruct(data, layers, share)
+            self._reconstruct(data, layers, left * work / self.ahead)
+        self.ahead -= work
         self.context.progress(NAME, self.done)
+
+    def _wanted(self, unit: Unit) -> list[CodedLayer]:
+        """The layers of few enough bits."""
+        return [x for x in unit.layers if x.bits <= self.context.parameters["max_bits"]]
 
     def _reconstruct(self, data: UnitData, layers: list[CodedLayer], seconds: float) -> None:
         graph, plan = self.graph, self.context.plan
@@ -116,7 +132,8 @@ class _Work:
         before = _error(graph, data.unit, held)
         scales = bool(self.context.parameters["learn_scales"])
         forms = [Rounding(graph, x, self._weight(x), plan, scales) for x in layers]
-        self._optimise(data, forms, seconds, before)
+        clock = self._optimise(data, forms, seconds, before)
+        self.stopped |= clock.stopped
         moved = [f.store(graph, plan) for f in forms]
         after = _error(graph, data.unit, held)
         beside = "" if len(layers) == 1 else f", together with {len(layers) - 1} more"
@@ -124,14 +141,14 @@ class _Work:
             self.changed += saved
             for layer, part in zip(layers, moved, strict=True):
                 reason = f"{_db(before):.1f} -> {_db(after):.1f} dB on held-out samples{beside}"
-                self._say([layer], "rounding learned", f"{reason}, {part:.0%} of codes moved")
+                self._say([layer], "rounding learned", f"{reason}, {part:.0%} of codes moved{clock.note()}")
             return
         for old in saved:
             old.restore(graph)
-        reason = f"rolled back: {_db(before):.1f} dB on held-out samples came to {_db(after):.1f} dB"
+        reason = f"rolled back: {_db(before):.1f} dB on held-out samples came to {_db(after):.1f} dB{clock.note()}"
         self._say(layers, "left alone", reason)
 
-    def _optimise(self, data: UnitData, forms: list[Rounding], seconds: float, before: float) -> None:
+    def _optimise(self, data: UnitData, forms: list[Rounding], seconds: float, before: float) -> Clock:
         wish, unit = self.context.parameters, data.unit
         rows = Rows([self._rows(data, i) for i in range(self.samples.held_from)], self.samples.rowwise)
         given = {}
@@ -143,30 +160,30 @@ class _Work:
         coins = Coins(float(wish["drop"]), self.generator)
         runner = Runner(self.graph, given, drop=coins)
         optimizer = torch.optim.Adam(_groups(forms, float(wish["lr"])))
-        start, total, done = time.monotonic(), int(wish["iterations"]), 0.0
+        clock = Clock(int(wish["iterations"]), seconds)
         # Both parts of the loss then speak of the same: 1 is the error of the present rounding.
         whole = max(before * rows.spread**2, 1e-30)
         recent: list[float] = []
         looked = math.inf
-        for step in range(total):
-            done = max(done + 1 / total, step / total, (time.monotonic() - start) / seconds)
-            if done >= 1:
-                break
+        while clock.done < 1:
             batch = rows.minibatch(int(wish["batch"]), self.generator)
             got, wanted = _forward(runner, unit, batch, coins)
             loss = (got - wanted).square().mean()
             cost = loss / whole
             recent.append(float(cost.detach()))
-            if done > WARM:
-                beta = HARDEST + (SOFTEST - HARDEST) * (1 - (done - WARM) / (1 - WARM))
+            if clock.done > WARM:
+                beta = HARDEST + (SOFTEST - HARDEST) * (1 - (clock.done - WARM) / (1 - WARM))
                 cost = cost + float(wish["regularizer"]) * sum(f.cost(beta) for f in forms)
             optimizer.zero_grad()
             cost.backward()
             optimizer.step()
-            if done < WARM and len(recent) % LOOK == 0:  # no longer falling: on to the part that decides
+            clock.tick()
+            if clock.done < WARM and len(recent) % LOOK == 0:  # no longer falling: on to the part that decides
                 now = sum(recent[-LOOK:]) / LOOK
-                done = WARM if now > (1 - FALL) * looked else done
+                if now > (1 - FALL) * looked:
+                    clock.skip_to(WARM)
                 looked = now
+        return clock
 
     def _rows(self, data: UnitData, index: int) -> list[Tensor | None]:
         return [
@@ -184,6 +201,16 @@ class _Work:
 
     def _say(self, layers: Iterable[CodedLayer], action: str, reason: str) -> None:
         self.ledger += [Entry(NAME, layer.name, action, reason) for layer in layers]
+
+
+def _work(unit: Unit) -> int:
+    """What one sample costs in the unit's layers, in multiplications."""
+    total = 0
+    for layer in unit.layers:
+        shape, made = layer.codes.meta["val"].shape, layer.node.meta.get("val")
+        places = math.prod(s for s in made.shape[1:] if isinstance(s, int)) if isinstance(made, Tensor) else 1
+        total += places * math.prod(shape[1:]) + OVERHEAD
+    return total
 
 
 def _groups(forms: list[Rounding], rate: float) -> list[dict[str, Any]]:

@@ -11,13 +11,13 @@ from torch.fx import GraphModule
 
 from calibrate import qdq, steps
 from calibrate.coded import coded_layers
+from calibrate.errors import CalibrationError
 from calibrate.graph import clone, constant, run
-from calibrate.plan import Plan, WeightFormat
+from calibrate.plan import Entry, Plan, WeightFormat
 from calibrate.steps import Context
-from calibrate.steps.finetune import distance
 from calibrate.training_samples import Samples, output_db
 
-FAST = {"epochs": 10, "lr": 0.02, "batch": 16}
+FAST = {"iterations": 30, "lr": 0.02, "batch": 16}
 PLAN = replace(
     ISLANDS,
     weight=WeightFormat(2),
@@ -25,6 +25,7 @@ PLAN = replace(
     parameters={"finetune": FAST},
 )
 UNSEEN = images(64, seed=9)
+CLASSES = torch.arange(64) % 4
 
 
 def small(m: Made, x: Tensor) -> Tensor:
@@ -162,31 +163,104 @@ def test_layer_norms_learn_and_graphs_that_share_their_constants_do_not_see_it()
     assert torch.equal(run(setting.float_graph, [UNSEEN])[0], before[1])
 
 
-def test_the_same_seed_trains_the_same_numbers_and_another_seed_others() -> None:
+@pytest.mark.parametrize(("labels", "intervention"), [(0.0, 0.0), (1.0, 1.0)])
+def test_the_same_seed_trains_the_same_numbers_and_another_seed_others(labels: float, intervention: float) -> None:
     found = []
     for seed in (0, 0, 1):
-        graph, setting = quantized(with_(epochs=2))
-        setting.seed = seed
+        graph, setting = quantized(with_(iterations=6, labels=labels, intervention=intervention))
+        setting.seed, setting.labels = seed, CLASSES
         steps.apply("finetune", graph, setting)
         found.append(torch.cat([t.double().flatten() for t in state(graph)]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-def test_the_time_limit_ends_training_after_the_step_that_reaches_it() -> None:
+def test_the_time_limit_ends_training_after_the_step_that_reaches_it_and_the_ledger_says_so() -> None:
     graph, setting = quantized(with_(time_limit_s=1e-6))
     (entry,) = steps.apply("finetune", graph, setting)
-    assert entry.reason.endswith("after 1 steps")
+    assert entry.reason.endswith("stopped by time_limit_s after 1 of 30 steps: another run may differ")
+    (whole,) = steps.apply("finetune", *quantized())
+    assert whole.reason.endswith("after 30 steps")
+
+
+def labelled(weight: float, classes: Tensor | None = CLASSES, **parameters: Any) -> tuple[GraphModule, Context, Entry]:
+    """The graph trained with labels of that weight, its setting, and the entry in the ledger."""
+    graph, setting = quantized(with_(labels=weight, **parameters))
+    setting.labels = classes
+    (entry,) = steps.apply("finetune", graph, setting)
+    return graph, setting, entry
+
+
+def cross_entropy(graph: GraphModule, setting: Context) -> float:
+    """On the held-out part of the samples: the last quarter."""
+    scores = run(graph, [images(64)[48:]])[0]
+    assert setting.labels is not None
+    return float(nn.functional.cross_entropy(scores, setting.labels[48:]))
+
+
+def brightest() -> Tensor:
+    """A class that the images of the tests show: which quarter of the values their mean falls in, int64 [64]."""
+    means = images(64).mean((1, 2, 3))
+    return torch.bucketize(means, means.quantile(torch.tensor([0.25, 0.5, 0.75])))
+
+
+def test_labels_pull_the_answers_towards_them() -> None:
+    shuffled = brightest()[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    found = []
+    for weight, classes in ((0.0, brightest()), (10.0, brightest()), (10.0, shuffled)):
+        graph, setting, entry = labelled(weight, classes, iterations=60)
+        assert entry.action.startswith("trained ")
+        assert ("loss on held-out samples" in entry.reason) == (weight > 0)
+        setting.labels = brightest()
+        found.append(cross_entropy(graph, setting))
+    assert found[1] < found[0]
+    assert found[1] < found[2]  # labels of other samples do not teach the same
+
+
+def test_labels_that_nobody_asked_for_change_nothing() -> None:
+    without, _, _ = labelled(0.0, None)
+    beside, _, _ = labelled(0.0, CLASSES)
+    assert all(torch.equal(a, b) for a, b in zip(state(without), state(beside), strict=True))
+    used, _, _ = labelled(10.0, brightest())
+    assert not all(torch.equal(a, b) for a, b in zip(state(without), state(used), strict=True))
+
+
+def test_with_labels_training_that_does_not_lower_their_loss_is_rolled_back_whole() -> None:
+    graph, setting = quantized(with_(lr=1000.0, labels=1.0))
+    setting.labels = CLASSES
+    old = state(graph)
+    (entry,) = steps.apply("finetune", graph, setting)
+    assert entry.action == "left alone"
+    assert "rolled back" in entry.reason
+    assert "loss on held-out samples" in entry.reason
+    assert all(torch.equal(a, b) for a, b in zip(state(graph), old, strict=True))
+
+
+def test_labels_asked_for_that_are_not_there_or_do_not_fit_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="the calibration data has none: add an array `labels`"):
+        labelled(0.5, None)
+    with pytest.raises(CalibrationError, match="a label 4, but the model has 4 classes, 0 to 3"):
+        labelled(0.5, CLASSES + 1)
+    torch.manual_seed(0)
+    graph = capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), images())
+    setting = context(with_(labels=0.5), *[[b] for b in images(64).split(16)])
+    setting.labels = CLASSES
+    steps.apply("quantize_static", graph, setting)
+    with pytest.raises(CalibrationError, match="holds no scores of classes"):
+        steps.apply("finetune", graph, setting)
+
+
+def test_intervention_changes_what_is_learned_and_still_brings_the_output_closer() -> None:
+    plain, _ = quantized()
+    graph, setting = quantized(with_(intervention=0.5))
+    before = signal(graph, setting)
+    steps.apply("finetune", plain, replace(setting, plan=PLAN))
+    steps.apply("finetune", graph, setting)
+    assert not all(torch.equal(a, b) for a, b in zip(state(plain), state(graph), strict=True))
+    assert signal(graph, setting) > before + 1
 
 
 def test_a_lone_sample_is_too_few() -> None:
     graph, setting = quantized(count=1)
     (entry,) = steps.apply("finetune", graph, setting)
     assert "too few samples" in entry.reason
-
-
-def test_distance_is_zero_for_the_same_answer_and_grows_with_the_difference() -> None:
-    for wanted in (torch.randn(8, 5), torch.randn(8, 3, 4)):
-        noise = torch.randn_like(wanted)
-        assert float(distance(wanted, wanted)) == pytest.approx(0, abs=1e-6)  # float32 cosine
-        assert float(distance(wanted + noise, wanted)) > float(distance(wanted + 0.1 * noise, wanted)) > 0

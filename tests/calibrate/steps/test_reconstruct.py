@@ -190,3 +190,12 @@ def test_progress_counts_the_blocks() -> None:
     setting.progress = lambda what, done: seen.append((what, done))
     steps.apply("reconstruct", graph, setting)
     assert seen == [("reconstruct", n) for n in (1, 2, 3)]  # stem, residual block, head
+
+
+def test_what_the_time_limit_cut_short_is_said_layer_by_layer_and_nothing_else() -> None:
+    graph, setting = quantized(with_(iterations=100_000, time_limit_s=0.5))
+    ledger = steps.apply("reconstruct", graph, setting)
+    assert all("time_limit_s" in e.reason or "time limit" in e.reason for e in ledger)
+    assert all(e.reason.endswith("another run may differ") for e in ledger)
+    graph, setting = quantized(with_(iterations=20))
+    assert not any("another run" in e.reason for e in steps.apply("reconstruct", graph, setting))
