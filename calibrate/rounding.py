@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .coded import CodedLayer, coded
+from .coded import CodedLayer, coded, coded_layers
 from .graph import constant
 from .hessian import Refit
 from .layer_problem import LayerProblem, own_bias, problem, refusal
@@ -91,6 +91,7 @@ def round_layers(
     reference = context.float_graph
     assert reference is not None
     ledger: list[Entry] = []
+    count = len(list(coded_layers(graph)))
 
     def visit(found: Visit) -> None:
         reason = refusal(graph, reference, found)
@@ -100,7 +101,7 @@ def round_layers(
             ledger.append(choose(problem(graph, reference, found, context.seed + len(ledger))))
         else:
             ledger.append(Entry(step, found.layer.name, "left alone", reason))
-        context.progress(step, len(ledger))
+        context.progress(step, len(ledger), count)
 
     walk(reference, graph, context.few_batches(), visit)
     return ledger or [Entry(step, "model", "left alone", "no layer of it has coded weights")]

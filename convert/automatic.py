@@ -79,8 +79,9 @@ class _Search:
 
     def try_all(self, names: Iterable[str]) -> None:
         """Add each step where it belongs, or take it out where the recipe has it, and keep what scores better."""
-        for count, name in enumerate(names):
-            self.builder.progress(f"try {name}", count + 1)
+        wanted = list(names)
+        for count, name in enumerate(wanted):
+            self.builder.progress(f"try {name}", count, len(wanted))
             if name in self.best.decision.plan.steps:
                 self._without(name)
                 continue
@@ -130,7 +131,7 @@ class _Search:
         for count, layer in enumerate(layers):
             others = {name: "float while one layer is judged" for name in layers if name != layer}
             scores.append((self.builder.score(self.builder.build(keeping_float(plain, others))), layer))
-            self.builder.progress("sensitivity", count + 1)
+            self.builder.progress("sensitivity", count + 1, len(layers))
         ranked = [layer for _, layer in sorted(scores)]
         stride = max(1, len(ranked) // 12)
         reason = f"put back to float by auto: with it the simulation had {reached:.1f} dB, below {goal_db:.0f} dB"

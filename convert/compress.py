@@ -20,7 +20,6 @@ from convert.capture import Captured
 from convert.drift import Drift
 from convert.planning import Decision
 
-Progress = Callable[[str, int], None]
 Effort = Literal["fast", "normal", "max"]
 Outputs = tuple[Tensor, ...]
 # Samples for what is dear per sample: the race of observers, layers that are changed one after the other.
@@ -100,7 +99,7 @@ class Builder:
         self,
         captured: Captured,
         data: CalibrationSet,
-        progress: Progress = lambda what, done: None,
+        progress: steps.Progress = steps.silent,
         effort: Effort = "normal",
         seed: int = 0,
         batch: int = 1,
@@ -160,6 +159,7 @@ class Builder:
             batches=batches,
             few_batches=lambda: batches(FEW),
             progress=self.progress,
+            samples=len(self.data),
             labels=torch.from_numpy(self.data.labels) if self.data.labels is not None else None,
             seed=self.seed,
             histograms=prefix.histograms,

@@ -2,7 +2,8 @@
 
 import json as json_module
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,35 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+# Seconds of a piece of work before its speed says how long the rest takes.
+SOON = 2.0
+
+
+class Remaining:
+    """How long a piece of work still takes, as far as its pace so far tells."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.what = clock, ""
+        self.began, self.first = 0.0, 0
+
+    def text(self, done: int, total: int | None, what: str) -> str:
+        """ "about 40 s left", or "" while nobody can know."""
+        now = self.clock()
+        if what != self.what or done < self.first:
+            self.what, self.began, self.first = what, now, done
+        spent, made = now - self.began, done - self.first
+        if total is None or made <= 0 or spent < SOON or done >= total:
+            return ""
+        left = spent * (total - done) / made
+        return f"about {left:.0f} s left" if left < 100 else f"about {left / 60:.0f} min left"
+
+
 class Shown:
     """Progress as a bar on a terminal, as one line per stage elsewhere."""
 
     def __init__(self, live: Any) -> None:
         self.live, self.task, self.text = live, None, ""
+        self.remaining = Remaining()
 
     def stage(self, text: str) -> None:
         self.text = text
@@ -44,7 +69,8 @@ class Shown:
             return
         if self.task is None:
             self.stage("")
-        self.live.update(self.task, completed=done, total=total, what=what)
+        left = self.remaining.text(done, total, what)
+        self.live.update(self.task, completed=done, total=total, what=f"{what}, {left}" if left else what)
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def _times(builder: Builder, decision: Decision, table: Table, trial: Try) -> np
         took = trial(made, True).ms
         assert took is not None
         whole.append(took)
-        builder.progress("measure formats", column + 1)
+        builder.progress("measure formats", column + 1, len(table.options))
     return np.outer(table.macs / max(table.macs.sum(), 1.0), np.array(whole))
 
 

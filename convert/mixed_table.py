@@ -104,7 +104,7 @@ def build_table(builder: Builder, decision: Decision) -> Table:
                 graph = unquantized if form in (None, HALF) else base.graph
                 made = graph if form is None else _with_format(graph, decision, layer, weight, form)
                 scores[row, column] = loss(made) - start
-        builder.progress("sensitivity", row + 1)
+        builder.progress("sensitivity", row + 1, len(layers))
     macs = {c.name: c.macs or 0 for c in costs(builder.captured.graph, builder.captured.inputs)}
     work = np.array([float(macs.get(n, 0)) for n in layers])
     return Table(layers, columns, scores, sizes, work, _others(before, weights.values(), decision))

@@ -123,7 +123,7 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
         builder=Builder(
             captured,
             samples.calibration,
-            lambda what, done: progress.advance(done, None, what),
+            lambda what, done, total=None: progress.advance(done, total, what),
             options.effort,
             options.seed,
             batch,

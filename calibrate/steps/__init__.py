@@ -17,12 +17,23 @@ from ..plan import Entry, Plan, QParams
 Batches = Callable[[], Iterable[list[Tensor]]]
 
 
+class Progress(Protocol):
+    """Told how far something is: `done` of `total`, in samples, layers or whatever `what` counts; None: unknown."""
+
+    def __call__(self, what: str, done: int, total: int | None = None) -> None: ...
+
+
+def silent(what: str, done: int, total: int | None = None) -> None:
+    """Progress that nobody hears."""
+
+
 @dataclass
 class Context:
     """What a step may use besides the graph.
 
     `batches()` starts a fresh pass over the calibration samples as the graph's positional inputs; `few_batches()` the
-    same over a few of them, for work that is dear per sample. `progress(what, samples done)` may be called often.
+    same over a few of them, for work that is dear per sample. `progress` may be called often; `samples` is how many
+    `batches()` has, where that is known.
     `float_graph` is the graph before the first step that quantized, None until one did: what later steps compare with.
     `labels` are the samples' class indices, int64 [samples] in the order of `batches()`, None where nobody knows them.
     `parameters` are what the recipe set for the step that runs now; `seed` decides every random choice.
@@ -33,7 +44,8 @@ class Context:
     plan: Plan
     batches: Batches
     few_batches: Batches
-    progress: Callable[[str, int], None] = lambda what, done: None
+    progress: Progress = silent
+    samples: int | None = None
     float_graph: GraphModule | None = None
     labels: Tensor | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from calibrate.coded import CodedLayer, coded
+from calibrate.coded import CodedLayer, coded, coded_layers
 from calibrate.errors import CalibrationError
 from calibrate.graph import constant, kind, operator_name, weight_nodes
 from calibrate.lockstep import Visit, partners, walk
@@ -51,10 +51,11 @@ class CorrectBias:
 
 def _empirical(graph: GraphModule, float_graph: GraphModule, context: Context) -> list[Entry]:
     ledger: list[Entry] = []
+    count = len(list(coded_layers(graph)))
 
     def visit(found: Visit) -> None:
         ledger.append(_measured(graph, found, context.plan.int32_bias))
-        context.progress(NAME, len(ledger))
+        context.progress(NAME, len(ledger), count)
 
     walk(float_graph, graph, context.few_batches(), visit)
     return ledger

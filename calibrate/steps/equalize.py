@@ -164,7 +164,7 @@ def _by_activations(graph: GraphModule, links: list[Link], context: Context, abs
             absorbed = int((chosen.shift > 0).sum())
             reason += f"; {absorbed} biases absorbed, as calibration samples never went below them"
         ledger.append(Entry(NAME, name, f"equalized with {link.name}", reason))
-        context.progress("equalize", count + 1)
+        context.progress("equalize", count + 1, len(links))
     return ledger
 
 

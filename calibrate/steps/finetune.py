@@ -139,7 +139,7 @@ def _train(graph: GraphModule, reference: GraphModule, student: Student, samples
             torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], 1e3)
             optimizer.step()
             clock.tick()
-            context.progress(NAME, clock.taken * int(wish["batch"]))
+            context.progress(NAME, clock.taken, clock.steps)
             if clock.taken % per_epoch == 0 or clock.done >= 1:
                 judged = lesson.mean(samples.held, samples.held_classes)
                 if judged < least:

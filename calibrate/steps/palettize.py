@@ -43,7 +43,7 @@ class Palettize:
             reason, action = reasons[node], "left float"
             if reason is None:
                 action, reason = _store(graph, node, context.plan, met.get(node.name)), kind(node)
-                context.progress("palettes", count + 1)
+                context.progress("palettes", count + 1, len(layers))
             ledger.append(Entry("palettize", layer_name(node), action, reason))
         return ledger or [Entry("palettize", "model", "left alone", "it has no layer with weights")]
 

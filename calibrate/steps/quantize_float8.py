@@ -76,7 +76,9 @@ def _look(graph: GraphModule, sources: list[object], context: Context) -> None:
     wanted = [n.name for n in dict.fromkeys(sources) if isinstance(n, Node) and n.name not in context.histograms]
     if wanted:
         sites = Sites(group_of={name: group for group, name in enumerate(wanted)})
-        seen = fill_histograms(graph, sites, context.batches(), lambda n: context.progress("ranges", n))
+        seen = fill_histograms(
+            graph, sites, context.batches(), lambda n: context.progress("ranges", n, context.samples)
+        )
         context.histograms.update(seen)
 
 

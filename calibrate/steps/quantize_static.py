@@ -72,7 +72,9 @@ def _look(graph: GraphModule, sites: Sites, context: Context) -> dict[str, str]:
     missing = {n for n in sites.group_of if n not in context.histograms}
     if missing:
         wanted = Sites(group_of={n: sites.group_of[n] for n in missing})
-        found = fill_histograms(graph, wanted, context.batches(), lambda n: context.progress("ranges", n))
+        found = fill_histograms(
+            graph, wanted, context.batches(), lambda n: context.progress("ranges", n, context.samples)
+        )
         context.histograms.update(found)
     refused: dict[str, str] = {}
     for node in graph.graph.nodes:

@@ -95,7 +95,7 @@ class _Work:
         self.ahead = sum(_work(u) for u in units if self._wanted(u))
         self.ledger: list[Entry] = []
         self.changed: list[Saved] = []
-        self.done = 0
+        self.done, self.count = 0, len(units)
         self.stopped = False
         self.generator = torch.Generator().manual_seed(context.seed)
         self.end = time.monotonic() + float(context.parameters["time_limit_s"])
@@ -119,7 +119,7 @@ class _Work:
         else:
             self._reconstruct(data, layers, left * work / self.ahead)
         self.ahead -= work
-        self.context.progress(NAME, self.done)
+        self.context.progress(NAME, self.done, self.count)
 
     def _wanted(self, unit: Unit) -> list[CodedLayer]:
         """The layers of few enough bits."""

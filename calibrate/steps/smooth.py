@@ -54,7 +54,7 @@ class Smooth:
         ledger = []
         for count, group in enumerate(groups):
             ledger.append(_smooth(graph, context, how, group, seen, settings))
-            context.progress("smooth", count + 1)
+            context.progress("smooth", count + 1, len(groups))
         return ledger
 
     def ensures(self, graph: GraphModule) -> str | None:

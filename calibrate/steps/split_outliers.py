@@ -81,7 +81,7 @@ def _look(layers: list[Node], graph: GraphModule, context: Context) -> dict[Node
         for inputs in context.batches():
             watch.run(*inputs)
             seen += len(inputs[0]) if inputs[0].dim() else 1
-            context.progress("outliers", seen)
+            context.progress("outliers", seen, context.samples)
     if not seen:
         raise CalibrationError("the calibration data is empty: at least one sample is needed")
     return reaches

@@ -118,3 +118,20 @@ def test_long_names_of_layers_break_where_they_are_joined() -> None:
     assert "".join(line.strip() for line in lines) == name
     assert all(line.endswith((".", "_")) for line in lines[:-1])
     assert inspection_view._broken("stem.0") == "stem.0"
+
+
+def test_the_rest_is_estimated_from_the_pace_of_this_piece_of_work_alone() -> None:
+    now = [0.0]
+    remaining = console.Remaining(lambda: now[0])
+    assert remaining.text(0, 100, "ranges") == ""
+    now[0] = 1.0
+    assert remaining.text(50, 100, "ranges") == ""  # too soon to say
+    now[0] = 10.0
+    assert remaining.text(50, 100, "ranges") == "about 10 s left"
+    now[0] = 1000.0
+    assert remaining.text(75, 100, "ranges") == "about 6 min left"  # 333 s
+    assert remaining.text(3, 100, "gptq") == ""  # other work starts anew
+    now[0] = 1005.0
+    assert remaining.text(13, 100, "gptq") == "about 44 s left"
+    assert remaining.text(13, None, "gptq") == ""
+    assert remaining.text(100, 100, "gptq") == ""

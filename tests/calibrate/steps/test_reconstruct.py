@@ -186,10 +186,10 @@ def test_an_unknown_unit_is_an_error_that_names_those_there_are() -> None:
 
 def test_progress_counts_the_blocks() -> None:
     graph, setting = quantized(with_(iterations=5))
-    seen: list[tuple[str, int]] = []
-    setting.progress = lambda what, done: seen.append((what, done))
+    seen: list[tuple[str, int, int | None]] = []
+    setting.progress = lambda what, done, total=None: seen.append((what, done, total))
     steps.apply("reconstruct", graph, setting)
-    assert seen == [("reconstruct", n) for n in (1, 2, 3)]  # stem, residual block, head
+    assert seen == [("reconstruct", n, 3) for n in (1, 2, 3)]  # stem, residual block, head
 
 
 def test_what_the_time_limit_cut_short_is_said_layer_by_layer_and_nothing_else() -> None:
