@@ -1,0 +1,142 @@
+"""Cut tokens behind chosen blocks, and make everything behind a cut fit: shapes, masks, tables of positions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from ..errors import CalibrationError
+from ..graph import finish, layer_name, operator_name
+from . import methods
+from .attention import REDUCED, Site, sites
+from .axes import holds_tokens, layout_of_tokens
+from .axis import Trail, follow, refuse
+from .builder import Builder, refreshed
+from .selection import FORMS, Reduction
+from .written_out import written_out
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep `keep` tokens, protected ones among them, between attention and MLP of block `block` (from 0).
+
+    `method` is one of `methods.names()`, or a method itself.
+    """
+
+    block: int
+    keep: int
+    method: str | methods.Method
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a cut did: tokens before and after it, and at which layer."""
+
+    cut: Cut
+    layer: str
+    before: int
+    after: int
+
+
+def reduce(
+    graph: GraphModule, cuts: Sequence[Cut], protected: int = 1, form: str = "topk", seed: int = 0
+) -> list[Done]:
+    """Apply the cuts in place, first block first, and return what each did.
+
+    The first `protected` tokens (class token, distillation token) always stay, in front. `form` is one of
+    `selection.FORMS`. A cut that keeps all tokens is inserted as well: it changes no value beyond their order.
+    Raises CalibrationError where a model or a cut does not allow it; the graph may be half edited then: give a clone.
+    """
+    if form not in FORMS:
+        raise CalibrationError(f"there is no form '{form}' of token selection; there are {', '.join(FORMS)}")
+    blocks = [c.block for c in cuts]
+    if len(set(blocks)) < len(blocks):
+        raise CalibrationError("two token cuts are behind the same block; give each block one")
+    done = [_cut(graph, cut, protected, form, seed) for cut in sorted(cuts, key=lambda c: c.block)]
+    finish(graph)
+    return done
+
+
+def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int) -> Done:
+    found = sites(graph)
+    if not 0 <= cut.block < len(found):
+        raise CalibrationError(
+            f"there is no block {cut.block} to drop tokens behind; the model has {len(found)}, from 0"
+        )
+    site = found[cut.block]
+    _refuse_counts(cut, site, protected)
+    method = methods.find(cut.method) if isinstance(cut.method, str) else cut.method
+    trail = follow(graph, site.residual, protected)
+    if method.attention:
+        site = written_out(graph, site)
+    build = Builder(graph, site.residual.next, f"{site.layer}.tokens")
+    options = {**getattr(method, "defaults", {}), **cut.options}
+    request = methods.Request(cut.keep, protected, form, seed + cut.block, options)
+    reduction = method.reduction(build, site, request)
+    kept = reduction.take(build, site.residual, -2, -3)
+    site.residual.replace_all_uses_with(kept, delete_user_cb=lambda user: user in trail.behind)
+    before = site.tokens
+    _reduce_operands(graph, trail, reduction, build.layer)
+    for node in trail.resized:
+        _resize(node, trail, reduction.count)
+    refreshed(graph, [n for n in trail.axes if n is not site.residual])
+    return Done(cut, site.layer, before, reduction.count)
+
+
+def _refuse_counts(cut: Cut, site: Site, protected: int) -> None:
+    if cut.keep <= protected:
+        raise CalibrationError(
+            f"keeping {cut.keep} of {site.tokens} tokens behind block {cut.block} leaves no token besides the "
+            f"{protected} that always stay: keep more."
+        )
+    if cut.keep > site.tokens:
+        raise CalibrationError(
+            f"behind block {cut.block} there are {site.tokens} tokens, so {cut.keep} cannot be kept: keep fewer."
+        )
+
+
+def _reduce_operands(graph: GraphModule, trail: Trail, reduction: Reduction, layer: str) -> None:
+    """Reduce what was computed before the cut and meets the tokens behind it; once per operand and axes."""
+    reduced: dict[tuple[Any, ...], Node] = {}
+    for meeting in trail.meetings:
+        if meeting.skipped:
+            refuse(meeting.node, "a table from before meets the tokens without their class token")
+        key = (meeting.operand, meeting.dims, meeting.batch)
+        if key not in reduced:
+            build = Builder(graph, meeting.node, f"{layer}.{layer_name(meeting.operand)}")
+            made = meeting.operand
+            for dim in meeting.dims:
+                made = reduction.take(build, made, dim, meeting.batch)
+            made.meta[REDUCED] = True
+            reduced[key] = made
+        meeting.node.replace_input_with(meeting.operand, reduced[key])
+
+
+def _resize(node: Node, trail: Trail, count: int) -> None:
+    """Write the new number of tokens into the sizes of a reshape or an expand."""
+    sizes = list(node.args[1])
+    axes = trail.axes[node]
+    for i, axis in enumerate(axes):
+        if not holds_tokens(axis) or (isinstance(sizes[i], int) and sizes[i] == -1):
+            continue
+        before, tokens, after = layout_of_tokens(axis)
+        if isinstance(sizes[i], int):
+            sizes[i] = before * (count - tokens.skipped) * after
+        else:
+            _infer(node, sizes, i)
+    node.args = (node.args[0], sizes, *node.args[2:])
+
+
+def _infer(node: Node, sizes: list[Any], position: int) -> None:
+    """Let a reshape work out the size at `position`, a product of tokens and batch, by itself."""
+    shape = node.meta["val"].shape
+    for i, size in enumerate(sizes):
+        if isinstance(size, int) and size == -1:
+            if not isinstance(shape[i], int):
+                refuse(node, "two of its sizes depend on the batch, so the number of tokens cannot be written into it")
+            sizes[i] = shape[i]
+    if operator_name(node) != "reshape":
+        refuse(node, "it repeats an axis in which tokens and batch are folded")
+    sizes[position] = -1

@@ -1,0 +1,49 @@
+"""Which tokens stay. One method per file; the file's name is its name in recipes."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...errors import CalibrationError
+from ..attention import Site
+from ..builder import Builder
+from ..selection import Reduction
+
+
+@dataclass(frozen=True)
+class Request:
+    """Keep `keep` tokens, the first `protected` among them, taken in the form `form`; `seed` decides what is random."""
+
+    keep: int
+    protected: int
+    form: str
+    seed: int
+    options: Mapping[str, Any]
+
+
+class Method(Protocol):
+    """`attention`: it looks at the probabilities, so the attention before the cut is written out.
+
+    `defaults`, where a method has them: its options and their default values.
+    """
+
+    attention: bool
+
+    def reduction(self, build: Builder, site: Site, request: Request) -> Reduction:
+        """Write the operators that choose, through `build`, and return what takes the tokens."""
+        ...
+
+
+def names() -> list[str]:
+    """The methods there are; imports none."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> Method:
+    """The method called `name`. Raises CalibrationError when there is none."""
+    if name not in names():
+        raise CalibrationError(f"there is no token method '{name}'; there are {', '.join(names())}")
+    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+    return method

@@ -1,0 +1,188 @@
+"""Take the chosen tokens out of a value, in forms that suit different runtimes and give identical tokens.
+
+Which tokens stay is a rank, counted by comparison: rank(i) = how many tokens come before i, by a larger score or by
+an equal score and a lower index. So ties are broken alike on every runtime, whatever its TopK does with them.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..errors import CalibrationError
+from ..graph import constant, is_constant, kind
+from .builder import Builder, aten
+
+FORMS = ("topk", "rank")
+# Above every score; a float32 that half precision would read as infinity, which is above every score as well.
+ABOVE_ALL = 3.0e38
+
+
+class Reduction(Protocol):
+    """How N tokens become `count`: `take` applies it to the axis `dim` of an operand (both counted from the last).
+
+    `batch` is the axis that the batch has, or would have once the operand is broadcast; None where it has none.
+    """
+
+    count: int
+
+    def take(self, build: Builder, operand: Node, dim: int, batch: int | None) -> Node: ...
+
+
+class Fixed:
+    """The same tokens for every sample: `indices` in rising order."""
+
+    def __init__(self, indices: Sequence[int], tokens: int, form: str) -> None:
+        self.indices, self.tokens, self.form = list(indices), tokens, form
+        self.count = len(self.indices)
+
+    def take(self, build: Builder, operand: Node, dim: int, batch: int | None) -> Node:
+        chosen = torch.tensor(self.indices)
+        if is_constant(operand):
+            kept = constant(build.graph, operand).index_select(dim, chosen)
+            return build.constant(f"{operand.target}_kept", kept)
+        if self.form == "topk":
+            return build.call(aten.index_select.default, operand, dim, build.constant("kept_tokens", chosen))
+        rows = torch.nn.functional.one_hot(chosen, self.tokens).float()
+        return multiplied(build, build.constant("kept_tokens", rows), operand, dim, None)
+
+
+class Ranked:
+    """The `count` tokens of lowest rank, per sample, in the order of their rank; see `ranked`."""
+
+    def __init__(self, count: int, index: Node | None, rows: Node | None) -> None:
+        self.count, self.index, self.rows = count, index, rows
+
+    def take(self, build: Builder, operand: Node, dim: int, batch: int | None) -> Node:
+        if batch is None:
+            raise CalibrationError(
+                f"'{build.layer}': a table is read by the tokens where the batch is folded into another axis, so each "
+                "sample cannot have tokens of its own there; use a fixed pattern (even)."
+            )
+        if self.index is not None:
+            return gathered(build, operand, self.index, dim, batch)
+        assert self.rows is not None
+        return multiplied(build, self.rows, operand, dim, batch)
+
+
+def rank(build: Builder, score: Node, protected: int) -> Node:
+    """The rank of each token, float32 [B, N], for a score [B, N]; the first `protected` tokens come first."""
+    tokens = int(score.meta["val"].shape[1])
+    places = torch.arange(tokens)
+    if protected:
+        first = build.constant("protected_tokens", places < protected)
+        score = build.call(aten.where.ScalarSelf, first, ABOVE_ALL, score)
+    mine, other = build.call(aten.unsqueeze.default, score, 2), build.call(aten.unsqueeze.default, score, 1)
+    earlier = build.constant("earlier_tokens", places[None, :] < places[:, None])
+    ahead = build.call(aten.gt.Tensor, other, mine)
+    level = build.call(aten.ge.Tensor, other, mine)
+    before = build.call(aten.where.self, earlier, level, ahead)
+    return build.call(aten.sum.dim_IntList, build.call(aten.to.dtype, before, torch.float32), [-1])
+
+
+def ranked(build: Builder, score: Node, keep: int, protected: int, form: str) -> Ranked:
+    """Keep the `keep` tokens of highest score [B, N], the first `protected` among them, as "topk" or as "rank"."""
+    places = rank(build, score, protected)
+    if form == "topk":
+        best = build.call(aten.topk.default, build.call(aten.neg.default, places), keep, -1)
+        return Ranked(keep, build.item(best, 1), None)
+    wanted = build.constant("kept_ranks", torch.arange(keep, dtype=torch.float32).view(1, keep, 1))
+    hit = build.call(aten.eq.Tensor, build.call(aten.unsqueeze.default, places, 1), wanted)
+    return Ranked(keep, None, build.call(aten.to.dtype, hit, torch.float32))
+
+
+def gathered(build: Builder, operand: Node, index: Node, dim: int, batch: int) -> Node:
+    """Gather `index` [B, K] along the axis `dim` of an operand that is broadcast over the batch."""
+    operand = lengthened(build, operand, -batch)
+    rank_ = operand.meta["val"].dim()
+    shape = [1] * rank_
+    shape[dim], shape[batch] = int(index.meta["val"].shape[1]), -1
+    index = build.call(aten.reshape.default, index, shape)
+    mine = operand.meta["val"].shape
+    spread = [-1 if i in (dim % rank_, batch % rank_) else d for i, d in enumerate(mine)]
+    index = build.call(aten.expand.default, index, spread)
+    if isinstance(mine[batch], int) and mine[batch] == 1:
+        length = index.meta["val"].shape[batch]
+        size = length if isinstance(length, int) else build.call(aten.sym_size.int, index, batch % rank_)
+        operand = build.call(aten.expand.default, operand, [size if i == batch % rank_ else -1 for i in range(rank_)])
+    return build.call(aten.gather.default, operand, dim, index)
+
+
+def multiplied(build: Builder, rows: Node, operand: Node, dim: int, batch: int | None) -> Node:
+    """Multiply `rows` [B, K, N] (one per kept token; [K, N] where `batch` is None) into the axis `dim` of an operand.
+
+    Exact: every row has a single one. What may be infinite (a mask of -inf) goes through a plane of its own, since
+    0 · inf is no number; integers and booleans go through float32, exact below 2^24.
+    """
+    before = operand.meta["val"].dtype
+    if not before.is_floating_point:
+        operand = build.call(aten.to.dtype, operand, torch.float32)
+    if before.is_floating_point and may_be_infinite(build.graph, operand):
+        hidden = build.call(aten.eq.Scalar, operand, float("-inf"))
+        clean = build.call(aten.where.ScalarSelf, hidden, 0.0, operand)
+        apart = _product(build, rows, build.call(aten.to.dtype, hidden, torch.float32), dim, batch)
+        kept = _product(build, rows, clean, dim, batch)
+        return build.call(aten.where.ScalarSelf, build.call(aten.gt.Scalar, apart, 0.5), float("-inf"), kept)
+    result = _product(build, rows, operand, dim, batch)
+    if before == torch.bool:
+        return build.call(aten.gt.Scalar, result, 0.5)
+    return result if before.is_floating_point else build.call(aten.to.dtype, result, before)
+
+
+def _product(build: Builder, rows: Node, operand: Node, dim: int, batch: int | None) -> Node:
+    operand = lengthened(build, operand, max(-(batch or 0), 2))
+    if (batch is None and dim == -2) or (batch is not None and dim == -2 and batch < -2):
+        return build.call(aten.matmul.default, _aligned(build, rows, batch, False), operand)
+    length = operand.meta["val"].dim()
+    first = [] if batch is None else [batch % length]
+    order = [*first, *(i for i in range(length) if i not in (*first, dim % length)), dim % length]
+    squeezed = len(order) == 2 and batch is not None
+    if order != list(range(length)):
+        operand = build.call(aten.permute.default, operand, order)
+    if squeezed:
+        operand = build.call(aten.unsqueeze.default, operand, 1)
+    made = build.call(
+        aten.matmul.default, operand, _aligned(build, rows, None if batch is None else -max(length, 3), True)
+    )
+    if squeezed:
+        made = build.call(aten.squeeze.dim, made, 1)
+    back = [order.index(i) for i in range(length)]
+    return made if back == list(range(length)) else build.call(aten.permute.default, made, back)
+
+
+def _aligned(build: Builder, rows: Node, batch: int | None, turned: bool) -> Node:
+    """`rows` with the batch at the axis `batch`, and kept tokens last where `turned`."""
+    if turned:
+        rows = build.call(aten.transpose.int, rows, -2, -1)
+    if batch is None or batch == -3:
+        return rows
+    _, one, other = rows.meta["val"].shape
+    return build.call(aten.reshape.default, rows, [-1, *[1] * (-batch - 3), int(one), int(other)])
+
+
+def lengthened(build: Builder, operand: Node, length: int) -> Node:
+    """The operand with axes of 1 in front, until it has at least `length`."""
+    while operand.meta["val"].dim() < length:
+        operand = build.call(aten.unsqueeze.default, operand, 0)
+    return operand
+
+
+def may_be_infinite(graph: GraphModule, operand: Node) -> bool:
+    """Whether -inf may be in a value: in a constant it is made of, as a written number, or in what a user feeds."""
+    seen, stack = set(), [operand]
+    while stack:
+        node = stack.pop()
+        if node in seen or kind(node) in ("linear", "conv", "layer_norm", "embedding", "softmax", "compare"):
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and node.meta["val"].dtype.is_floating_point:
+            return True
+        if is_constant(node):
+            stored = constant(graph, node)
+            if stored.dtype.is_floating_point and bool(stored.isinf().any()):
+                return True
+        if kind(node) == "log" or any(isinstance(a, float) and a in (float("inf"), float("-inf")) for a in node.args):
+            return True
+        stack += node.all_input_nodes
+    return False
