@@ -12,9 +12,12 @@ from torch.fx import GraphModule, Node
 
 from ..errors import CalibrationError
 from ..graph import constant, is_constant, kind, layer_name
+from .builder import Builder, aten
 
 # What may stand between the product of queries and keys and their softmax: scale, mask, bias, shape of the heads.
 BETWEEN = frozenset(("mul", "div", "add", "where", "reshape", "cast", "expand", "clamp"))
+# What is added to the score of a key that is not to be seen is below this; no learned bias is.
+HIDDEN = -1000.0
 # A mark in `meta` of what a cut made of a mask or a table.
 REDUCED = "reduced_by_a_cut"
 # What a layer's sum passes on its way to a mask: all that is computed without trained layers.
@@ -26,7 +29,8 @@ class Site:
     """The attention of block `block`: `query`, `key`, `value` are [..., N, d], heads in front of N.
 
     `node` is the attention operator or the softmax; `probabilities` [..., N, N] is None where they are not written
-    out; `mask` is what is added to (or chooses among) the scores. `residual` [B, N, C] is the sum after the attention.
+    out; `mask` is what is added to (or chooses among) the scores, `hides` that a true there hides.
+    `residual` [B, N, C] is the sum after the attention.
     """
 
     block: int
@@ -37,6 +41,7 @@ class Site:
     mask: Node | None
     probabilities: Node | None
     residual: Node
+    hides: bool = False
 
     @property
     def layer(self) -> str:
@@ -45,6 +50,31 @@ class Site:
     @property
     def tokens(self) -> int:
         return int(self.residual.meta["val"].shape[1])
+
+
+def probabilities(site: Site) -> Node:
+    """The probabilities [B, H, N, N] of an attention that is written out."""
+    found = site.probabilities
+    assert found is not None
+    if found.meta["val"].dim() != 4:
+        raise CalibrationError(
+            f"the attention of '{site.layer}' has its heads folded into the batch, so scores cannot be averaged over "
+            "heads: use a method that does not look at attention (even)."
+        )
+    return found
+
+
+def visible(build: Builder, site: Site) -> Node | None:
+    """Which tokens are no padding, bool [B or 1, N]: those that the first token may attend to; None without a mask."""
+    if site.mask is None:
+        return None
+    row = site.mask
+    while row.meta["val"].dim() < 4:
+        row = build.call(aten.unsqueeze.default, row, 0)
+    row = build.call(aten.select.int, build.call(aten.select.int, row, 1, 0), 1, 0)
+    if row.meta["val"].dtype == torch.bool:
+        return build.call(aten.logical_not.default, row) if site.hides else row
+    return build.call(aten.gt.Scalar, row, HIDDEN)
 
 
 def sites(graph: GraphModule) -> list[Site]:
@@ -57,12 +87,12 @@ def sites(graph: GraphModule) -> list[Site]:
         parts = _operator(node) if kind(node) == "attention" else _by_hand(node) if kind(node) == "softmax" else None
         if parts is None:
             continue
-        query, key, value, mask, probabilities = parts
+        query, key, value, mask, hides, table = parts
         if tuple(query.meta["val"].shape[-2:-1]) != tuple(key.meta["val"].shape[-2:-1]):
             continue  # cross-attention: its keys are no tokens of this stream
         _refuse_causal(graph, node, mask)
         residual = _residual(graph, node, int(key.meta["val"].shape[-2]))
-        found.append(Site(len(found), node, query, key, value, mask, probabilities, residual))
+        found.append(Site(len(found), node, query, key, value, mask, table, residual, hides))
     if not found:
         raise CalibrationError(
             "token pruning needs a transformer encoder, and this model has no self-attention (a convolutional network "
@@ -71,7 +101,8 @@ def sites(graph: GraphModule) -> list[Site]:
     return found
 
 
-Parts = tuple[Node, Node, Node, Node | None, Node | None]
+# query, key, value, mask, whether a true in the mask hides, probabilities
+Parts = tuple[Node, Node, Node, Node | None, bool, Node | None]
 
 
 def _operator(node: Node) -> Parts:
@@ -80,7 +111,7 @@ def _operator(node: Node) -> Parts:
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
-    return query, key, value, mask if isinstance(mask, Node) else None, None
+    return query, key, value, mask if isinstance(mask, Node) else None, False, None
 
 
 def _by_hand(softmax: Node) -> Parts | None:
@@ -88,7 +119,7 @@ def _by_hand(softmax: Node) -> Parts | None:
     rank = softmax.meta["val"].dim()
     if rank < 3 or softmax.args[1] not in (-1, rank - 1):
         return None
-    scores, mask = _scores(softmax.args[0])
+    scores, mask, hides = _scores(softmax.args[0])
     last = _product(softmax)
     if scores is None or last is None:
         return None
@@ -97,22 +128,25 @@ def _by_hand(softmax: Node) -> Parts | None:
     key = _untransposed(keys)
     if key is None or not isinstance(query, Node) or not isinstance(value, Node):
         return None
-    return query, key, value, mask, softmax
+    return query, key, value, mask, hides, softmax
 
 
-def _scores(source: object) -> tuple[Node | None, Node | None]:
-    """The product of queries and keys behind scale, bias and mask, and the mask (the last one added)."""
+def _scores(source: object) -> tuple[Node | None, Node | None, bool]:
+    """The product of queries and keys behind scale, bias and mask; the mask nearest the softmax; whether true hides."""
     mask: Node | None = None
+    hides = False
     while isinstance(source, Node) and kind(source) in BETWEEN:
         tensors = [a for a in source.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
         inner = [a for a in tensors if _leads_to_product(a)]
         if len(inner) != 1:
-            return None, None
+            return None, None, False
         others = [a for a in tensors if a is not inner[0]]
-        if kind(source) in ("add", "where") and others:
-            mask = mask or others[0]
+        if mask is None and kind(source) in ("add", "where") and others:
+            chooses = [a for a in others if a.meta["val"].dtype == torch.bool]
+            mask = (chooses or others)[0]
+            hides = bool(chooses) and source.args[1] is not inner[0]  # where(seen, scores, ...) is the other sense
         source = inner[0]
-    return (source, mask) if isinstance(source, Node) and kind(source) == "matmul" else (None, None)
+    return (source, mask, hides) if isinstance(source, Node) and kind(source) == "matmul" else (None, None, False)
 
 
 def _leads_to_product(node: Node) -> bool:
@@ -144,7 +178,7 @@ def _untransposed(keys: object) -> Node | None:
     if not isinstance(keys, Node) or kind(keys) != "transpose":
         return None
     source, rank = keys.args[0], keys.meta["val"].dim()
-    if keys.target is torch.ops.aten.transpose.int:
+    if keys.target is aten.transpose.int:
         turned = {int(d) % rank for d in keys.args[1:3]} == {rank - 1, rank - 2}
         return source if turned and isinstance(source, Node) else None
     return None
@@ -223,4 +257,4 @@ def triangular(table: Tensor) -> bool:
     later, earlier = square[upper], square[~upper]
     if table.dtype == torch.bool:
         return bool((later != earlier[0]).all() and (earlier == earlier[0]).all())
-    return bool((later < -1000).all() and (earlier == 0).all())
+    return bool((later < HIDDEN).all() and (earlier == 0).all())

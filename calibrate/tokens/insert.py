@@ -32,12 +32,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Done:
-    """What a cut did: tokens before and after it, and at which layer."""
+    """What a cut did: tokens before and after it, at which layer, and the node [B, after, C] that holds what stays."""
 
     cut: Cut
     layer: str
     before: int
     after: int
+    kept: Node
 
 
 def reduce(
@@ -54,12 +55,13 @@ def reduce(
     blocks = [c.block for c in cuts]
     if len(set(blocks)) < len(blocks):
         raise CalibrationError("two token cuts are behind the same block; give each block one")
-    done = [_cut(graph, cut, protected, form, seed) for cut in sorted(cuts, key=lambda c: c.block)]
+    planes: dict[str, Node] = {}
+    done = [_cut(graph, cut, protected, form, seed, planes) for cut in sorted(cuts, key=lambda c: c.block)]
     finish(graph)
     return done
 
 
-def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int) -> Done:
+def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int, planes: dict[str, Node]) -> Done:
     found = sites(graph)
     if not 0 <= cut.block < len(found):
         raise CalibrationError(
@@ -72,17 +74,28 @@ def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int) -> 
     if method.attention:
         site = written_out(graph, site)
     build = Builder(graph, site.residual.next, f"{site.layer}.tokens")
-    options = {**getattr(method, "defaults", {}), **cut.options}
-    request = methods.Request(cut.keep, protected, form, seed + cut.block, options)
+    options = _options(cut, method)
+    inputs = tuple(n for n in graph.graph.nodes if n.op == "placeholder")
+    depth = cut.block / len(found)
+    request = methods.Request(cut.keep, protected, form, seed + cut.block, depth, options, planes, inputs)
     reduction = method.reduction(build, site, request)
     kept = reduction.take(build, site.residual, -2, -3)
+    planes.update({name: reduction.take(build, plane, -1, -2) for name, plane in planes.items()})
     site.residual.replace_all_uses_with(kept, delete_user_cb=lambda user: user in trail.behind)
     before = site.tokens
     _reduce_operands(graph, trail, reduction, build.layer)
     for node in trail.resized:
         _resize(node, trail, reduction.count)
     refreshed(graph, [n for n in trail.axes if n is not site.residual])
-    return Done(cut, site.layer, before, reduction.count)
+    return Done(cut, site.layer, before, reduction.count, kept)
+
+
+def _options(cut: Cut, method: methods.Method) -> dict[str, Any]:
+    known = dict(getattr(method, "defaults", {}))
+    unknown = sorted(set(cut.options) - set(known))
+    if unknown:
+        raise CalibrationError(f"the token method {cut.method} has no option '{unknown[0]}'; it has {sorted(known)}")
+    return {**known, **cut.options}
 
 
 def _refuse_counts(cut: Cut, site: Site, protected: int) -> None:

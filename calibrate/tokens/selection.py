@@ -83,7 +83,11 @@ def rank(build: Builder, score: Node, protected: int) -> Node:
 
 def ranked(build: Builder, score: Node, keep: int, protected: int, form: str) -> Ranked:
     """Keep the `keep` tokens of highest score [B, N], the first `protected` among them, as "topk" or as "rank"."""
-    places = rank(build, score, protected)
+    return ranked_by(build, rank(build, score, protected), keep, form)
+
+
+def ranked_by(build: Builder, places: Node, keep: int, form: str) -> Ranked:
+    """Keep the tokens whose rank [B, N] is below `keep`."""
     if form == "topk":
         best = build.call(aten.topk.default, build.call(aten.neg.default, places), keep, -1)
         return Ranked(keep, build.item(best, 1), None)

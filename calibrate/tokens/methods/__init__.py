@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch.fx import Node
+
 from ...errors import CalibrationError
 from ..attention import Site
 from ..builder import Builder
@@ -14,13 +16,20 @@ from ..selection import Reduction
 
 @dataclass(frozen=True)
 class Request:
-    """Keep `keep` tokens, the first `protected` among them, taken in the form `form`; `seed` decides what is random."""
+    """Keep `keep` tokens, the first `protected` among them, taken in the form `form`; `seed` decides what is random.
+
+    `depth` is how far into the model the cut is, from 0 to 1. `planes` travel with the tokens from cut to cut: values
+    [B, N], by name, that a method may add and read; they are reduced like the tokens. `graph_inputs` are the model's.
+    """
 
     keep: int
     protected: int
     form: str
     seed: int
+    depth: float
     options: Mapping[str, Any]
+    planes: dict[str, Node]
+    graph_inputs: tuple[Node, ...]
 
 
 class Method(Protocol):

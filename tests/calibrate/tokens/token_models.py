@@ -42,7 +42,9 @@ class Heads(nn.Module):
         )
         if self.by_hand:
             scores = q @ k.transpose(-1, -2) / 3.0
-            y = (scores if extra is None else scores + extra).softmax(-1) @ v
+            hidden = extra is not None and extra.dtype == torch.bool
+            scores = scores.masked_fill(extra, float("-inf")) if hidden else scores if extra is None else scores + extra
+            y = scores.softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, extra, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], WIDTH))
@@ -70,12 +72,14 @@ class Masked(nn.Module):
         torch.manual_seed(2)
         self.embed, self.head, self.mask = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 5), mask
         self.position = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
-        self.layers = nn.ModuleList(Layer(by_hand=mask == "added by hand") for _ in range(3))
+        self.layers = nn.ModuleList(Layer(by_hand="by hand" in mask) for _ in range(3))
 
     def extra(self, keep: Tensor) -> Tensor:
         row = keep[:, None, None, :]
         if self.mask == "bool row":
             return row > 0
+        if self.mask == "filled by hand":
+            return row == 0
         if self.mask == "bool square":
             return (row > 0).expand(-1, 1, TOKENS, TOKENS)
         if self.mask == "infinite":
@@ -89,7 +93,7 @@ class Masked(nn.Module):
         return self.head(x[:, 0])
 
 
-MASKS = ("bool row", "bool square", "infinite", "added", "added by hand")
+MASKS = ("bool row", "bool square", "infinite", "added", "added by hand", "filled by hand")
 
 
 class Biased(nn.Module):
