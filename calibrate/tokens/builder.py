@@ -53,7 +53,9 @@ def evaluated(node: Node, mode: FakeTensorMode) -> Any:
 
     def value(argument: Node) -> Any:
         known = argument.meta["val"]
-        return mode.from_tensor(known) if isinstance(known, Tensor) and not isinstance(known, FakeTensor) else known
+        if isinstance(known, Tensor) and not isinstance(known, FakeTensor):
+            return mode.from_tensor(known, static_shapes=True)
+        return known
 
     with mode, torch.no_grad():
         return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))

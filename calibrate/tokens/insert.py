@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import CalibrationError
 from ..graph import finish, layer_name, operator_name
-from . import methods
+from . import methods, sizes
 from .attention import REDUCED, Site, sites
 from .axes import holds_tokens, layout_of_tokens
 from .axis import Trail, follow, refuse
@@ -56,7 +56,14 @@ def reduce(
     if len(set(blocks)) < len(blocks):
         raise CalibrationError("two token cuts are behind the same block; give each block one")
     planes: dict[str, Node] = {}
-    done = [_cut(graph, cut, protected, form, seed, planes) for cut in sorted(cuts, key=lambda c: c.block)]
+    done: list[Done] = []
+    attended: list[tuple[int, Node | None]] = []
+    for cut in sorted(cuts, key=lambda c: c.block):
+        done.append(_cut(graph, cut, protected, form, seed, planes))
+        attended.append((cut.block, planes.get(sizes.ATTENDED)))
+    if sizes.SIZE in planes:
+        sizes.weighted(graph, follow(graph, done[-1].kept, protected), planes[sizes.SIZE])
+    sizes.attended(graph, sites(graph), attended)
     finish(graph)
     return done
 
@@ -80,7 +87,7 @@ def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int, pla
     request = methods.Request(cut.keep, protected, form, seed + cut.block, depth, options, planes, inputs)
     reduction = method.reduction(build, site, request)
     kept = reduction.take(build, site.residual, -2, -3)
-    planes.update({name: reduction.take(build, plane, -1, -2) for name, plane in planes.items()})
+    planes.update({name: reduction.carry(build, name, plane) for name, plane in planes.items()})
     site.residual.replace_all_uses_with(kept, delete_user_cb=lambda user: user in trail.behind)
     before = site.tokens
     _reduce_operands(graph, trail, reduction, build.layer)

@@ -29,6 +29,10 @@ class Reduction(Protocol):
 
     def take(self, build: Builder, operand: Node, dim: int, batch: int | None) -> Node: ...
 
+    def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        """Reduce a plane [B, N] that travels with the tokens from cut to cut."""
+        ...
+
 
 class Fixed:
     """The same tokens for every sample: `indices` in rising order."""
@@ -47,6 +51,9 @@ class Fixed:
         rows = torch.nn.functional.one_hot(chosen, self.tokens).float()
         return multiplied(build, build.constant("kept_tokens", rows), operand, dim, None)
 
+    def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        return self.take(build, plane, -1, -2)
+
 
 class Ranked:
     """The `count` tokens of lowest rank, per sample, in the order of their rank; see `ranked`."""
@@ -64,6 +71,9 @@ class Ranked:
             return gathered(build, operand, self.index, dim, batch)
         assert self.rows is not None
         return multiplied(build, self.rows, operand, dim, batch)
+
+    def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        return self.take(build, plane, -1, -2)
 
 
 def rank(build: Builder, score: Node, protected: int) -> Node:

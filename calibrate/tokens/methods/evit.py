@@ -66,5 +66,8 @@ class WithRest:
         fused = multiplied(build, self.weights, operand, dim, batch)
         return build.call(aten.cat.default, [kept, fused], 1)
 
+    def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        raise CalibrationError(f"evit cannot fuse tokens whose {name} an earlier cut follows: set fuse to false")
+
 
 METHOD = Evit()

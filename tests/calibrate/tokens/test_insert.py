@@ -26,7 +26,8 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def shapes_are_true(graph: GraphModule, inputs: tuple[Tensor, ...]) -> None:
-    """Every shape that the graph claims is the one it computes."""
+    """Every shape that the graph claims is the one it computes, and nothing but the batch is left open."""
+    symbols = {str(d) for n in graph.graph.find_nodes(op="placeholder") for d in n.meta["val"].shape}
 
     class Checked(torch.fx.Interpreter):
         def run_node(self, node: Node) -> object:
@@ -37,6 +38,8 @@ def shapes_are_true(graph: GraphModule, inputs: tuple[Tensor, ...]) -> None:
                 assert made.dim() == known.dim(), node
                 for size, claimed in zip(made.shape, known.shape, strict=True):
                     assert not isinstance(claimed, int) or claimed == size, (node, made.shape, known.shape)
+                    open_ = set() if isinstance(claimed, int) else {str(s) for s in claimed.node.expr.free_symbols}
+                    assert open_ <= symbols, (node, known.shape)
             return made
 
     with torch.no_grad():

@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 import torch
 from encoders import HEADS, TOKENS, WIDTH
-from token_models import MASKS, Layer, captured, cut, feeds, graph_of
+from token_models import MASKS, ROUNDING, Layer, attention_of, captured, cut, feeds, graph_of, is_close, values
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from calibrate.errors import CalibrationError
 from calibrate.graph import clone, run
@@ -17,35 +17,8 @@ from calibrate.tokens.insert import Cut, Done, reduce
 from calibrate.tokens.methods import even, names
 from calibrate.tokens.selection import FORMS
 
-# float32 rounding of one attention.
-ROUNDING = 1e-5
 IMAGE, POST = "encoder: fused, scale", "encoder: by hand, post, pooled"
 ALL = ("even", "random", "evit", "importance", "zero_tprune")
-
-
-def values(graph: GraphModule, inputs: tuple[Tensor, ...], *nodes: Node) -> list[Tensor]:
-    """What the nodes compute on the inputs."""
-    seen: dict[Node, Tensor] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, node: Node) -> object:
-            made = super().run_node(node)
-            if node in nodes:
-                seen[node] = made
-            return made
-
-    with torch.no_grad():
-        Recorder(graph).run(*inputs)
-    return [seen[n] for n in nodes]
-
-
-def attention_of(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """(probabilities [B, H, N, N], keys [B, H, N, d], residual [B, N, C]) of block 0."""
-    graph = graph_of(name)
-    site = sites(graph)[0]
-    query, key, residual = values(graph, inputs, site.query, site.key, site.residual)
-    divisor = 3.0 if "by hand" in name else math.sqrt(query.shape[-1])
-    return (query @ key.transpose(-1, -2) / divisor).softmax(-1), key, residual
 
 
 def kept_by(name: str, method: str, keep: int, form: str, **options: object) -> Tensor:
@@ -60,10 +33,6 @@ def best(score: Tensor, residual: Tensor, keep: int) -> Tensor:
     order = score[:, 1:].argsort(1, descending=True)[:, : keep - 1] + 1
     index = torch.cat([torch.zeros_like(order[:, :1]), order], 1)
     return residual.gather(1, index[:, :, None].expand(-1, -1, residual.shape[2]))
-
-
-def is_close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and float((one - other).abs().max() / other.abs().max()) < ROUNDING
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,6 @@
 """Encoders that meet their tokens with masks, tables and pools, and models whose tokens cannot be removed."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -7,10 +8,10 @@ import torch
 from encoders import HEADS, TOKENS, WIDTH, encoder, planted, tokens
 from small_graphs import capture
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from calibrate.graph import clone
-from calibrate.tokens.attention import Site
+from calibrate.tokens.attention import Site, sites
 from calibrate.tokens.builder import Builder, aten
 from calibrate.tokens.insert import Cut, Done, reduce
 from calibrate.tokens.methods import Request
@@ -18,6 +19,8 @@ from calibrate.tokens.selection import Reduction, ranked
 from convert.normal_form import normalise
 
 F = nn.functional
+# float32 rounding of one attention.
+ROUNDING = 1e-5
 
 
 def captured(module: nn.Module, *inputs: Tensor) -> GraphModule:
@@ -199,3 +202,32 @@ def level(build: Builder, site: Site) -> object:
 def cut(graph: GraphModule, *keep: int, method: object = "even", **options: object) -> list[Done]:
     """Cut behind block 0, 1, ... to `keep` tokens each."""
     return reduce(graph, [Cut(i, k, method) for i, k in enumerate(keep)], **options)
+
+
+def values(graph: GraphModule, inputs: tuple[Tensor, ...], *nodes: Node) -> list[Tensor]:
+    """What the nodes compute on the inputs."""
+    seen: dict[Node, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> object:
+            made = super().run_node(node)
+            if node in nodes:
+                seen[node] = made
+            return made
+
+    with torch.no_grad():
+        Recorder(graph).run(*inputs)
+    return [seen[n] for n in nodes]
+
+
+def attention_of(name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities [B, H, N, N], keys [B, H, N, d], residual [B, N, C]) of block 0."""
+    graph = graph_of(name)
+    site = sites(graph)[0]
+    query, key, residual = values(graph, inputs, site.query, site.key, site.residual)
+    divisor = 3.0 if "by hand" in name else math.sqrt(query.shape[-1])
+    return (query @ key.transpose(-1, -2) / divisor).softmax(-1), key, residual
+
+
+def is_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and float((one - other).abs().max() / other.abs().max()) < ROUNDING
