@@ -18,8 +18,6 @@ from calibrate.training_model import Student
 from calibrate.training_samples import TOO_FEW, Rows, Samples, output_db
 
 NAME = "finetune"
-# Adam's memory of squared gradients: short trainings, whose gradients change their size on the way.
-BETAS = (0.9, 0.99)
 DB, LOSS = "dB", "loss"
 DIGITS = {DB: 1, LOSS: 3}
 
@@ -31,8 +29,8 @@ class Finetune:
     The loss is the Kullback-Leibler divergence from the float model's classes for an output [N, classes], cosine
     distance for others, the squared error of the outputs, and `blocks` times that of each block's output; with
     `labels` that weight of the cross entropy besides. For `intervention`, a share of the steps from the first, blocks
-    receive the teacher's activation in place of their own (arXiv 2302.11812), less and less often. Zero points stay,
-    and tensors that share a scale go on sharing it.
+    receive the teacher's activation in place of their own (arXiv 2302.11812), less and less often; after learned
+    rounding that did harm (docs/recipes.md). Zero points stay, and tensors that share a scale go on sharing it.
 
     The epoch that did best on held-out samples is kept. All is rolled back where the model's output did not come
     closer to float on them, or with `labels`, where their loss did not fall. Random choices come from the context's
@@ -123,7 +121,7 @@ def _train(graph: GraphModule, reference: GraphModule, student: Student, samples
         float(wish["blocks"]),
         float(wish["labels"]),
     )
-    optimizer = torch.optim.Adam(student.groups(float(wish["lr"])), betas=BETAS)
+    optimizer = torch.optim.Adam(student.groups(float(wish["lr"])))
     rates = [g["lr"] for g in optimizer.param_groups]
     best, least = student.snapshot(), math.inf
     clock = Clock(int(wish["iterations"]), float(wish["time_limit_s"]))
