@@ -4,6 +4,7 @@ Which tokens stay is a rank, counted by comparison: rank(i) = how many tokens co
 an equal score and a lower index. So ties are broken alike on every runtime, whatever its TopK does with them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -87,7 +88,8 @@ def rank(build: Builder, score: Node, protected: int) -> Node:
     earlier = build.constant("earlier_tokens", places[None, :] < places[:, None])
     ahead = build.call(aten.gt.Tensor, other, mine)
     level = build.call(aten.ge.Tensor, other, mine)
-    before = build.call(aten.where.self, earlier, level, ahead)
+    # "where" of two booleans would say it in one, but ONNX Runtime has no kernel for that
+    before = build.call(aten.logical_or.default, ahead, build.call(aten.logical_and.default, level, earlier))
     return build.call(aten.sum.dim_IntList, build.call(aten.to.dtype, before, torch.float32), [-1])
 
 
@@ -146,29 +148,36 @@ def multiplied(build: Builder, rows: Node, operand: Node, dim: int, batch: int |
 
 def _product(build: Builder, rows: Node, operand: Node, dim: int, batch: int | None) -> Node:
     operand = lengthened(build, operand, max(-(batch or 0), 2))
-    if (batch is None and dim == -2) or (batch is not None and dim == -2 and batch < -2):
-        return build.call(aten.matmul.default, _aligned(build, rows, batch, False), operand)
+    if dim == -2 and (batch is None or batch < -2):
+        return build.call(aten.matmul.default, _aligned(build, rows, batch), operand)
     length = operand.meta["val"].dim()
     first = [] if batch is None else [batch % length]
     order = [*first, *(i for i in range(length) if i not in (*first, dim % length)), dim % length]
-    squeezed = len(order) == 2 and batch is not None
     if order != list(range(length)):
         operand = build.call(aten.permute.default, operand, order)
-    if squeezed:
-        operand = build.call(aten.unsqueeze.default, operand, 1)
-    made = build.call(
-        aten.matmul.default, operand, _aligned(build, rows, None if batch is None else -max(length, 3), True)
-    )
-    if squeezed:
-        made = build.call(aten.squeeze.dim, made, 1)
+    turned = build.call(aten.transpose.int, rows, -2, -1)
+    if batch is None:
+        made = build.call(aten.matmul.default, operand, turned)
+    else:
+        made = _three_axes(build, operand, rows, turned)
     back = [order.index(i) for i in range(length)]
     return made if back == list(range(length)) else build.call(aten.permute.default, made, back)
 
 
-def _aligned(build: Builder, rows: Node, batch: int | None, turned: bool) -> Node:
-    """`rows` with the batch at the axis `batch`, and kept tokens last where `turned`."""
-    if turned:
-        rows = build.call(aten.transpose.int, rows, -2, -1)
+def _three_axes(build: Builder, operand: Node, rows: Node, turned: Node) -> Node:
+    """[B, ..., N] times `turned` [B, N, K] (`rows` the other way round), with the axes between folded into one."""
+    rest = [int(d) for d in operand.meta["val"].shape[1:-1]]
+    old, new = (int(d) for d in turned.meta["val"].shape[1:])
+    flat = build.call(aten.reshape.default, operand, [-1, math.prod(rest), old])
+    if math.prod(rest) == 1:  # LiteRT's converter miscounts the axes of a product with a single row
+        made = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, rows, flat), [-1])
+    else:
+        made = build.call(aten.matmul.default, flat, turned)
+    return build.call(aten.reshape.default, made, [-1, *rest, new])
+
+
+def _aligned(build: Builder, rows: Node, batch: int | None) -> Node:
+    """`rows` with the batch at the axis `batch`."""
     if batch is None or batch == -3:
         return rows
     _, one, other = rows.meta["val"].shape

@@ -61,8 +61,8 @@ def grouped(build: Builder, site: Site, gone: int, protected: int) -> Node:
     )
     goes = build.call(aten.lt.Scalar, rank(build, score, 0), float(gone))
     column = build.call(aten.unsqueeze.default, goes, 2)
-    itself = build.constant("itself", torch.eye(tokens, dtype=torch.bool))
-    becomes = build.call(aten.to.dtype, build.call(aten.where.self, column, first, itself), torch.float32)
+    first = build.call(aten.to.dtype, first, torch.float32)  # a choice of booleans has no kernel in ONNX Runtime
+    becomes = build.call(aten.where.self, column, first, build.constant("itself", torch.eye(tokens)))
     return build.call(
         aten.matmul.default, _rows(build, goes, tokens, gone), build.call(aten.transpose.int, becomes, 1, 2)
     )
