@@ -110,7 +110,7 @@ def command(arguments: str, before: str = "") -> list[str]:
 
 def in_own_process(arguments: str, before: str = "") -> Said:
     """Run `command` to its end in the current folder."""
-    done = subprocess.run(command(arguments, before), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(arguments, before), capture_output=True, text=True, timeout=300)
     return Said(done.returncode, done.stdout, done.stderr)
 
 

@@ -219,13 +219,13 @@ def test_an_interrupt_reaches_the_child_and_leaves_nothing(folder: Path) -> None
         "except KeyboardInterrupt:\n    sys.exit(130)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (folder / "pid").exists() or not (folder / "pid").read_text():
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.05)
     os.killpg(parent.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
-    assert parent.wait(timeout=30) == 130
+    assert parent.wait(timeout=120) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(int((folder / "pid").read_text()), 0)
     assert list((folder / "work").iterdir()) == []

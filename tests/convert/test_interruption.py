@@ -26,7 +26,7 @@ class Started:
             command(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         marker = desk / "started"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not marker.exists() or not marker.read_text():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
@@ -35,7 +35,7 @@ class Started:
         marker.unlink()
 
     def end(self) -> Said:
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=240)
         return Said(self.process.returncode, out, err)
 
     def child_is_alive(self) -> bool:
