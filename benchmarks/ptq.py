@@ -407,7 +407,8 @@ def _shown(metric: str, value: float | None) -> str:
 
 def _verdict(case: Case, outcome: Outcome) -> str:
     """Each goal with whether it was reached."""
-    ours, others = outcome.entries[0], [e for e in outcome.entries[1:] if e.value is not None]
+    ours = outcome.entries[0]
+    others = [e for e in outcome.entries[1:] if e.value is not None and e.how != PLAIN]
     found = []
     goal = case.goal
     if goal is None and others:
