@@ -118,12 +118,16 @@ def _print_results(report: "Report") -> None:
         out.print("[dim]not timed: nothing on this machine runs it as the device would[/dim]")
     for warning in report.warnings:
         out.print(f"[yellow]![/yellow] {escape(warning)}")
+    from convert.report import words
+
     gates = [(result.subject, gate) for result in report.results for gate in result.gates]
     failed = [(subject, gate) for subject, gate in gates if not gate.passed]
     for subject, gate in failed:
         out.print(f"[red]gate failed[/red] {escape(subject)}: {gate.gate}: {escape(gate.reason)}")
     if gates and not failed:
         out.print(f"[green]all {len(gates)} gates passed[/green]")
+    if not failed and any(words.result_failed(r) for r in report.results):
+        out.print(f"[red]{escape(words.verdict(report))}[/red]")
 
 
 def results_table(report: "Report") -> Table:

@@ -1,13 +1,11 @@
 """Range observers: from a tensor's histogram to candidate ranges. One per file; the file's name is its name."""
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable
 
 from calibrate.histogram import Floats, Histogram
 
-from ..errors import CalibrationError
+from .. import registry
 
 # Mean squared error of turning a tensor into codes over each of some ranges: (lows, highs), which broadcast.
 Quantizer = Callable[[Floats, Floats], Floats]
@@ -17,13 +15,11 @@ Observer = Callable[[Histogram, Quantizer], list[tuple[float, float]]]
 
 def names() -> list[str]:
     """The observers there are; imports none."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return registry.names(__path__)
 
 
 @functools.cache
 def find(name: str) -> Observer:
     """The observer called `name`. Raises CalibrationError when there is none."""
-    if name not in names():
-        raise CalibrationError(f"there is no observer '{name}'; there are {', '.join(names())}")
-    observer: Observer = importlib.import_module(f"{__name__}.{name}").ranges
-    return observer
+    found: Observer = registry.find(__name__, __path__, name, "ranges", "observer")
+    return found

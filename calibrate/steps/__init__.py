@@ -1,7 +1,5 @@
 """The steps that improve a graph. One per file; the file's name is its name in recipes."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .. import registry
 from ..errors import CalibrationError
 from ..graph import clone, finish
 from ..histogram import Histogram
@@ -72,15 +71,13 @@ class Step(Protocol):
 
 def names() -> list[str]:
     """The steps there are; imports none."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return registry.names(__path__)
 
 
 def find(name: str) -> Step:
     """The step called `name`. Raises CalibrationError when there is none."""
-    if name not in names():
-        raise CalibrationError(f"there is no step '{name}'; there are {', '.join(names())}")
-    step: Step = importlib.import_module(f"{__name__}.{name}").STEP
-    return step
+    found: Step = registry.find(__name__, __path__, name, "STEP", "step")
+    return found
 
 
 def defaults(name: str) -> dict[str, Any]:

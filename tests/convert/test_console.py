@@ -135,3 +135,16 @@ def test_the_rest_is_estimated_from_the_pace_of_this_piece_of_work_alone() -> No
     assert remaining.text(13, 100, "gptq") == "about 44 s left"
     assert remaining.text(13, None, "gptq") == ""
     assert remaining.text(100, 100, "gptq") == ""
+
+
+def test_what_float_outruns_is_said_to_have_failed_beside_its_passed_gates(printed: Callable[[], str]) -> None:
+    passed = [gate("max_bytes", True).model_dump()]
+    slow = latency(speedup=0.8, ratio_interval=[0.78, 0.82])
+    console._print_results(report(result(gates=passed, latency=slow)))
+    assert "all 1 gates passed" in printed()
+    assert "1 of 1 artifact failed: raspberry-pi-4b/tflite (slower than float)" in printed()
+
+
+def test_nothing_is_said_to_have_failed_where_float_is_slower(printed: Callable[[], str]) -> None:
+    console._print_results(report(result(gates=[gate("max_bytes", True).model_dump()])))
+    assert "failed" not in printed()

@@ -1,14 +1,12 @@
 """Which tokens stay. One method per file; the file's name is its name in recipes."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.fx import Node
 
-from ...errors import CalibrationError
+from ... import registry
 from ..attention import Site
 from ..builder import Builder
 from ..selection import Reduction
@@ -47,12 +45,10 @@ class Method(Protocol):
 
 def names() -> list[str]:
     """The methods there are; imports none."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return registry.names(__path__)
 
 
 def find(name: str) -> Method:
     """The method called `name`. Raises CalibrationError when there is none."""
-    if name not in names():
-        raise CalibrationError(f"there is no token method '{name}'; there are {', '.join(names())}")
-    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
-    return method
+    found: Method = registry.find(__name__, __path__, name, "METHOD", "token method")
+    return found
