@@ -61,8 +61,9 @@ class TargetRules(Facts):
     are quantized: both, only the skip connection, or none. `weight_max` is the largest weight code: 127, or
     63 where 16-bit sums would saturate. `dynamic_ops` are the kinds that run in int8 with ranges taken at
     run time, as `dynamic_scheme` says. `quantize_io` makes the artifact's own inputs and outputs int8;
-    `float_format` is the format of all that is not quantized. `unsupported` kinds leave the device's fast
-    path for good, `costly` ones run but break it up.
+    `float_format` is the format of all that is not quantized. `token_form` is how chosen tokens are taken: by top-k
+    and gather, or by rank, in comparisons and products alone. `unsupported` kinds leave the device's fast path for
+    good, `costly` ones run but break it up.
     """
 
     target: Text
@@ -82,6 +83,7 @@ class TargetRules(Facts):
     dynamic_ops: tuple[OpKind, ...]
     quantize_io: StrictBool
     float_format: Literal["float32", "float16"]
+    token_form: Literal["topk", "rank"]
     layout: Literal["NCHW", "NHWC"]
     opset: Annotated[StrictInt, Field(ge=13, le=25)] | None = None
     deployment_target: Literal["iOS15", "iOS16", "iOS17", "iOS18", "iOS26"] | None = None
