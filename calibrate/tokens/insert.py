@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import CalibrationError
@@ -32,22 +33,32 @@ class Cut:
 
 @dataclass(frozen=True)
 class Done:
-    """What a cut did: tokens before and after it, at which layer, and the node [B, after, C] that holds what stays."""
+    """What a cut did: tokens before and after it, at which layer, and the node [B, after, C] that holds what stays.
+
+    `origin` [B, after, N], where it was asked for: how much of each of the model's N tokens is in each that stays.
+    """
 
     cut: Cut
     layer: str
     before: int
     after: int
     kept: Node
+    origin: Node | None = None
 
 
 def reduce(
-    graph: GraphModule, cuts: Sequence[Cut], protected: int = 1, form: str = "topk", seed: int = 0
+    graph: GraphModule,
+    cuts: Sequence[Cut],
+    protected: int = 1,
+    form: str = "topk",
+    seed: int = 0,
+    traced: bool = False,
 ) -> list[Done]:
     """Apply the cuts in place, first block first, and return what each did.
 
     The first `protected` tokens (class token, distillation token) always stay, in front. `form` is one of
-    `selection.FORMS`. A cut that keeps all tokens is inserted as well: it changes no value beyond their order.
+    `selection.FORMS`. A cut that keeps all tokens is inserted as well: it changes no value beyond their order. With
+    `traced` the graph has one more output per cut, behind its own: the `origin` of the tokens that stay.
     Raises CalibrationError where a model or a cut does not allow it; the graph may be half edited then: give a clone.
     """
     if form not in FORMS:
@@ -59,16 +70,35 @@ def reduce(
     done: list[Done] = []
     attended: list[tuple[int, Node | None]] = []
     for cut in sorted(cuts, key=lambda c: c.block):
-        done.append(_cut(graph, cut, protected, form, seed, planes))
+        done.append(_cut(graph, cut, protected, form, seed, planes, done[-1].origin if done else None, traced))
         attended.append((cut.block, planes.get(sizes.ATTENDED)))
     if sizes.SIZE in planes:
         sizes.weighted(graph, follow(graph, done[-1].kept, protected), planes[sizes.SIZE])
     sizes.attended(graph, sites(graph), attended)
+    if traced:
+        _show(graph, [d.origin for d in done])
     finish(graph)
     return done
 
 
-def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int, planes: dict[str, Node]) -> Done:
+def _show(graph: GraphModule, nodes: Sequence[Node | None]) -> None:
+    """Make `nodes` outputs behind the graph's own."""
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    made = output.args[0]
+    own = tuple(made) if isinstance(made, tuple | list) else (made,)
+    output.args = ((*own, *nodes),)
+
+
+def _cut(
+    graph: GraphModule,
+    cut: Cut,
+    protected: int,
+    form: str,
+    seed: int,
+    planes: dict[str, Node],
+    origin: Node | None,
+    traced: bool,
+) -> Done:
     found = sites(graph)
     if not 0 <= cut.block < len(found):
         raise CalibrationError(
@@ -87,6 +117,9 @@ def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int, pla
     request = methods.Request(cut.keep, protected, form, seed + cut.block, depth, options, planes, inputs)
     reduction = method.reduction(build, site, request)
     kept = reduction.take(build, site.residual, -2, -3)
+    if traced:
+        origin = origin or build.constant("every_token", torch.eye(site.tokens).unsqueeze(0))
+        origin = reduction.take(build, origin, -2, -3)
     planes.update({name: reduction.carry(build, name, plane) for name, plane in planes.items()})
     site.residual.replace_all_uses_with(kept, delete_user_cb=lambda user: user in trail.behind)
     before = site.tokens
@@ -94,7 +127,7 @@ def _cut(graph: GraphModule, cut: Cut, protected: int, form: str, seed: int, pla
     for node in trail.resized:
         _resize(node, trail, reduction.count)
     refreshed(graph, [n for n in trail.axes if n is not site.residual])
-    return Done(cut, site.layer, before, reduction.count, kept)
+    return Done(cut, site.layer, before, reduction.count, kept, origin)
 
 
 def _options(cut: Cut, method: methods.Method) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Which tokens a model reads by their place, and which inputs its tokens come from."""
+
+from torch.fx import GraphModule, Node
+
+from ..errors import CalibrationError
+from .attention import sites
+from .axis import follow
+
+# A class token and a distillation token are two; more than this many read by place is no encoder we know.
+MOST = 3
+
+
+def protected(graph: GraphModule) -> int:
+    """How many tokens in front the model reads by their place: 0 where it pools, 1 for a class token, 2 for a distilled
+    DeiT; 1 at least where tokens are ids of text, whose first is [CLS].
+
+    Raises CalibrationError, with the reason, where the tokens behind the first block cannot be followed at all.
+    """
+    site = sites(graph)[0]
+    problem: CalibrationError | None = None
+    for count in range(MOST + 1):
+        try:
+            follow(graph, site.residual, count)
+        except CalibrationError as error:
+            problem = error
+        else:
+            return max(count, 1 if ids(graph) else 0)
+    assert problem is not None
+    raise problem
+
+
+def ids(graph: GraphModule) -> list[Node]:
+    """The inputs [B, N] that are looked up in a table: the ids of a text's tokens, and what is beside them."""
+    return [n for n in graph.graph.nodes if n.op == "placeholder" and _looked_up(n)]
+
+
+def _looked_up(node: Node) -> bool:
+    value = node.meta["val"]
+    read = any(str(u.target).startswith("aten.embedding") and u.args[1] is node for u in node.users)
+    return read and value.dim() == 2 and not value.dtype.is_floating_point
