@@ -18,12 +18,16 @@ from torch.fx import Node
 from ...errors import CalibrationError
 from ..attention import Site, probabilities, visible
 from ..builder import Builder, aten
+from ..merging import similarity
 from ..selection import Reduction, rank, ranked
 from . import Request
 
 # Rounds of voting by thirds of the model's depth. The paper votes 30 to 50 times in the first layers, whose ranks
 # converge slowly, and once in the last; here each round is an operator in the file, so there are fewer.
 ROUNDS = (8, 5, 1)
+# Cosines are compared in steps of this. Tokens that are the same have a cosine of 1 but for rounding, which differs from
+# runtime to runtime: without steps it, and not the tokens' order, would say which of several such pairs comes first.
+ALIKE = 2.0**-14
 
 
 class ZeroTPrune:
@@ -109,15 +113,6 @@ def _joined(build: Builder, votes: Node, bounds: tuple[float, float]) -> Node:
     total = build.call(aten.sum.dim_IntList, squares, [1])
     heads = build.call(aten.sum.dim_IntList, weight, [1])
     return build.call(aten.sqrt.default, build.call(aten.div.Tensor, total, heads))
-
-
-def similarity(build: Builder, site: Site) -> Node:
-    """Cosine of the tokens' keys, mean over the heads [B, N, N]."""
-    key = build.call(aten.mean.dim, site.key, [1])
-    square = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, key, key), [-1], True)
-    length = build.call(aten.sqrt.default, build.call(aten.clamp.default, square, 1e-12))
-    unit = build.call(aten.div.Tensor, key, length)
-    return build.call(aten.matmul.default, unit, build.call(aten.transpose.int, unit, 1, 2))
 
 
 METHOD = ZeroTPrune()
