@@ -20,15 +20,20 @@ def alternatives(captured: Captured, profile: DeviceProfile, target: str, recipe
     yield first
     if not first.automatic or first.floor_db is None:
         return
-    rules = first.rules
-    reason = "What the profile prefers was measured slower than float here."
     if "quantize_static" in first.plan.steps:
         small = _little_work(captured)
         if small:
             yield keeping_float(first, small)
-        if rules.dynamic_scheme != "none":
-            yield planned(captured.graph, recipes.load("int8-dynamic"), rules, profile, reason, automatic=True)
-    yield planned(captured.graph, recipes.load("float32"), rules, profile, reason, automatic=True)
+        if first.rules.dynamic_scheme != "none":
+            yield _instead(captured, profile, first, recipe, "int8-dynamic")
+    yield _instead(captured, profile, first, recipe, "float32")
+
+
+def _instead(captured: Captured, profile: DeviceProfile, first: Decision, recipe: str, name: str) -> Decision:
+    """`first` with another recipe where it said `auto`; what it does to tokens stays."""
+    reason = "What the profile prefers was measured slower than float here."
+    chosen = recipes.load(recipes.resolved(recipe, name))
+    return planned(captured.graph, chosen, first.rules, profile, reason, automatic=True)
 
 
 def _little_work(captured: Captured) -> dict[str, str]:

@@ -16,9 +16,12 @@ from convert.evaluation import Judged, judge
 from convert.gates import evaluate
 from convert.latency import measure
 from convert.options import Run
-from convert.planning import AUTO_FLOOR_DB, Decision
+from convert.planning import AUTO_FLOOR_DB, Decision, decide
+from convert.refusals import spends_on_tokens
 from convert.report import schema
 from convert.results import accuracy_of, drift_of, match_of, reason_of
+from convert.token_picture import token_facts
+from convert.token_stage import meets_budget, with_fewer_tokens, within_budget
 from device_profiles import DeviceProfile
 
 
@@ -41,7 +44,7 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     home = run.folder / profile.name
     home.mkdir(exist_ok=True)
     path = home / f"{captured.name}{target.suffix}"
-    lowered = _fastest(run, profile, target_name, path)
+    run, lowered = _within(run, profile, target_name, path)
     made, session = lowered.made, lowered.session
     kept_twin = home / "float" / path.name
     _copy(lowered.twin, kept_twin)
@@ -57,11 +60,46 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     return result
 
 
+def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> tuple[Run, Lowered]:
+    """The artifact, and the run it was made in: with fewer tokens, where the recipe removes any."""
+    decision = decide(run.captured.graph, profile, target_name, run.options.recipe)
+    if not meets_budget(run, decision):
+        run = with_fewer_tokens(run, decision)
+        return run, _with_tokens(run, _fastest(run, profile, target_name, path))
+    lowered: Lowered | None = None
+
+    def milliseconds(trial: Run) -> float:
+        nonlocal lowered
+        lowered = _with_tokens(trial, _fastest(trial, profile, target_name, path))
+        if lowered.latency is None:
+            raise TightfitError(f"--budget-ms can't be met: {lowered.note}.")
+        return lowered.latency.p50_ms
+
+    run = within_budget(run, decision, milliseconds)
+    assert lowered is not None
+    return run, lowered
+
+
+def _with_tokens(run: Run, lowered: Lowered) -> Lowered:
+    """What was made, with the removal of tokens in its stages, ledger and notes."""
+    pruned = run.pruned
+    if pruned is None:
+        return lowered
+    made = lowered.made
+    made = replace(
+        made,
+        tokens=pruned.captured.graph,
+        ledger=(*pruned.ledger, *made.ledger),
+        notes=(pruned.how, *made.notes),
+    )
+    return replace(lowered, made=made)
+
+
 def _fastest(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> Lowered:
     """The artifact of the plan asked for; with `auto`, where times here count, the first not slower than float."""
     slow: list[str] = []
     asked = _budgets(run) != mixed.Budgets()  # a budget says what is wanted: no other plan takes its place
-    for decision in alternatives(run.captured, profile, target_name, run.options.recipe):
+    for decision in alternatives(run.model, profile, target_name, run.options.recipe):
         found = _lowered(run, target_name, _compressed(run, decision, path), path)
         latency = found.latency
         if slow:
@@ -76,7 +114,8 @@ def _fastest(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> 
 
 
 def _budgets(run: Run) -> mixed.Budgets:
-    return mixed.Budgets(run.options.budget_mib, run.options.budget_ms)
+    on_tokens = spends_on_tokens(run.options.recipe)
+    return mixed.Budgets(run.options.budget_mib, None if on_tokens else run.options.budget_ms)
 
 
 def _compressed(run: Run, decision: Decision, path: Path) -> Compressed:
@@ -227,6 +266,7 @@ def _result(
         accuracy=accuracy_of(judged),
         latency=latency,
         latency_note=note,
+        tokens=token_facts(run.pruned, run.samples.evaluation) if run.pruned else None,
         placement=schema.PlacementFacts(
             int8_ops=placement.int8_ops,
             float_ops=placement.float_ops,
@@ -260,6 +300,8 @@ def _manifest(run: Run, home: Path, result: schema.Result, path: Path, twin: Pat
         "outputs": list(run.captured.outputs),
         "executor": result.executor,
     }
+    if result.tokens is not None:
+        content["artifacts"][result.target]["tokens"] = result.tokens.model_dump(mode="json", exclude={"samples"})
     content.update(
         device=result.device,
         command=run.options.command,

@@ -57,7 +57,11 @@ def convert(
     ] = "normal",
     budget_mib: Annotated[float | None, typer.Option(metavar="MIB", help="Mixed precision: at most so large.")] = None,
     budget_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Mixed precision: at most so slow, as measured here.")
+        float | None, typer.Option(metavar="MS", help="Mixed precision or pruning: at most so slow, as measured here.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(metavar="R", help="Pruning: mean share of tokens kept (0.7).")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(metavar="P", help="Pruning: at most P % of the answers may change.")
     ] = None,
     evaluation: Annotated[str | None, typer.Option(metavar="DATA", help="Held-out samples (else a fifth).")] = None,
     labels: Annotated[str | None, typer.Option(metavar="FILE", help="Their class labels (.npy).")] = None,
@@ -119,6 +123,8 @@ def convert(
         effort=_effort(effort),
         budget_mib=budget_mib,
         budget_ms=budget_ms,
+        keep=keep,
+        max_drop=max_drop,
         budget=Budget().with_limits(**gates),
         command=_command(),
     )

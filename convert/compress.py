@@ -37,7 +37,8 @@ COUNTED = ("iterations", "time_limit_s")
 class Compressed:
     """`stages`: (step, graph after it), the last one is `graph`. `restored`: layers put back to float -> reason.
 
-    `notes`: sentences for the report on what was tried and chosen.
+    `notes`: sentences for the report on what was tried and chosen. `tokens`: the float graph with fewer tokens that the
+    steps began with, where a recipe removes any.
     """
 
     graph: GraphModule
@@ -46,6 +47,7 @@ class Compressed:
     decision: Decision
     restored: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tokens: GraphModule | None = None
 
     @property
     def exact(self) -> GraphModule | None:

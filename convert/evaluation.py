@@ -21,6 +21,8 @@ from targets import Session
 
 Runner = Callable[[Batch], Batch]
 LAYER_SAMPLES = 32
+# What the waterfall calls the float graph with fewer tokens.
+STEP = "prune_tokens"
 # How far a value in front of a quantizer may lie from the simulation's for no other reason than the order in which
 # float numbers were added: the roundings of a long float32 sum that nearly cancels, two roundings of float16.
 JITTER, HALF_JITTER = 2.0**-14, 2.0**-10
@@ -125,6 +127,8 @@ def judge(
     adder = compressed.decision.adder
     reference = float_runner(captured)
     runners: dict[str, Runner] = {}
+    if compressed.tokens is not None:
+        runners[STEP] = graph_runner(captured, compressed.tokens, "float32", artifact_batch)
     for name, graph in compressed.stages[:-1]:
         runners[name] = graph_runner(captured, graph, "float32", artifact_batch)
     last_step, last_graph = compressed.stages[-1]
@@ -212,7 +216,7 @@ class _Layers(Interpreter):
 
 def layer_drift(captured: Captured, compressed: Compressed, data: CalibrationSet) -> list[tuple[str, OutputDrift]]:
     """Each layer's output in the final graph against the float graph's, worst first, over a few held-out samples."""
-    before = compressed.exact or captured.graph
+    before = compressed.exact or compressed.tokens or captured.graph
     wanted = {layer_name(n) for n in before.graph.nodes if kind(n) in ("conv", "linear", "matmul", "attention", "add")}
     found: dict[str, OutputDrift] = {}
     samples = 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from calibrate.samples import CalibrationSet, InputSpec
 from convert import output
@@ -9,6 +10,7 @@ from convert.capture import Captured
 from convert.compress import Builder, Effort
 from convert.gates import Budget
 from convert.progress import Progress
+from convert.pruning import Pruned
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Options:
     effort: Effort = "normal"
     budget_mib: float | None = None
     budget_ms: float | None = None
+    keep: float | None = None  # mean share of tokens, for recipes that prune
+    max_drop: float | None = None  # percent of the answers that may change, likewise
     budget: Budget = field(default_factory=Budget)
     command: str = "tightfit convert"
 
@@ -55,7 +59,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Run:
-    """What the conversions of one command share."""
+    """What the conversions of one command share.
+
+    `pruned`: the model with fewer tokens that one conversion works on, and `shelf` those that others may take over.
+    """
 
     options: Options
     captured: Captured
@@ -67,3 +74,10 @@ class Run:
     batch: int
     reference_samples: int
     builder: Builder
+    pruned: Pruned | None = None
+    shelf: dict[Any, tuple[Pruned, Builder]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Captured:
+        """What the steps work on: the captured model, with fewer tokens where the recipe removes some."""
+        return self.pruned.captured if self.pruned else self.captured

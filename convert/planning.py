@@ -25,7 +25,7 @@ class Decision:
 
     `automatic`: Tightfit chose and may improve on it; `floor_db` is then set where layers may go back to float to
     hold it.
-    `search`: "mixed" where layers are to get formats of their own.
+    `search`: "mixed" where layers are to get formats of their own. `tokens`: what is cut out of a transformer before.
     """
 
     recipe: str
@@ -36,6 +36,7 @@ class Decision:
     floor_db: float | None
     automatic: bool = False
     search: str | None = None
+    tokens: recipes.Tokens | None = None
 
     @property
     def adder(self) -> Adder:
@@ -52,11 +53,11 @@ def family(graph: GraphModule) -> Family:
 
 
 def decide(graph: GraphModule, profile: DeviceProfile, target: str, recipe: str) -> Decision:
-    """The plan for `target` on `profile`. `recipe` is `auto`, NAME[+NAME...] or a TOML file."""
+    """The plan for `target` on `profile`. `recipe` is NAME[+NAME...], `auto` among them or alone, or a TOML file."""
     rules = profile.rules(target)
-    automatic = recipe == recipes.AUTO
+    automatic = recipes.automatic(recipe)
     sort = family(graph)
-    name = getattr(rules.recipe, sort) if automatic else recipe
+    name = recipes.resolved(recipe, getattr(rules.recipe, sort))
     chosen = recipes.load(name)
     reason = getattr(rules.recipe_reason, sort) if automatic else "asked for on the command line"
     return planned(graph, chosen, rules, profile, reason, automatic)
@@ -97,7 +98,7 @@ def planned(
     floor = AUTO_FLOOR_DB if automatic and any(recipes.quantizes(s) for s in steps) else None
     label = f"{recipes.AUTO}: {chosen.name}" if automatic else chosen.name
     half: Literal["float32", "float16"] = "float16" if compute == "float16" else "float32"
-    return Decision(label, reason, plan, half, rules, floor, automatic, chosen.search)
+    return Decision(label, reason, plan, half, rules, floor, automatic, chosen.search, chosen.tokens)
 
 
 def _resolved(steps: tuple[str, ...], rules: TargetRules, sort: Family) -> tuple[str, ...]:

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 def refuse_contradictions(options: "Options") -> None:
     """Raise TightfitError for options that exclude each other, mean nothing here, or name what does not exist."""
-    search = None
-    if options.recipe != recipes.AUTO:
-        search = recipes.load(options.recipe).search
+    automatic = recipes.automatic(options.recipe)
+    chosen = recipes.load(recipes.resolved(options.recipe, "float32"))
+    _refuse_token_options(options, chosen)
     budgets = {"--budget-mib": options.budget_mib, "--budget-ms": options.budget_ms}
     for name, value in budgets.items():
-        if value is not None and options.recipe != recipes.AUTO and search is None:
-            raise TightfitError(f"{name} lets layers get formats of their own: use it with --recipe mixed or auto.")
+        pruned = name == "--budget-ms" and chosen.tokens
+        if value is not None and not (automatic or chosen.search or pruned):
+            raise TightfitError(
+                f"{name} lets layers get formats of their own, or a recipe that prunes remove tokens until it holds: "
+                "use it with --recipe mixed or auto" + (", or prune-..." if name == "--budget-ms" else "") + "."
+            )
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise TightfitError(f"{name} {value:g} is no budget: give a number above 0.")
     given = [f"--{n}" for n in ("calibration", "evaluation", "labels") if getattr(options, n) is not None]
@@ -44,6 +48,30 @@ def refuse_contradictions(options: "Options") -> None:
         )
     if options.name is not None and (options.name.startswith(".") or Path(options.name).name != options.name):
         raise TightfitError(f"--name {options.name} is no name for a file: leave slashes and a leading dot out.")
+
+
+def spends_on_tokens(recipe: str) -> bool:
+    """Whether --budget-ms is met by removing tokens; where layers may get formats of their own, those meet it."""
+    chosen = recipes.load(recipes.resolved(recipe, "float32"))
+    return chosen.tokens is not None and not chosen.search and not recipes.automatic(recipe)
+
+
+def _refuse_token_options(options: "Options", chosen: recipes.Recipe) -> None:
+    """--keep and --max-drop: only where tokens are removed, in their range, and not in each other's way."""
+    for name, value, most in (("--keep", options.keep, 1.0), ("--max-drop", options.max_drop, 100.0)):
+        if value is None:
+            continue
+        if chosen.tokens is None:
+            raise TightfitError(
+                f"{name} says how many tokens a transformer loses, and the recipe {options.recipe} removes none: use "
+                "it with a recipe such as prune-evit, merge-tome or prune-text; `tightfit steps` lists them."
+            )
+        if not 0 < value < most:
+            raise TightfitError(f"{name} {value:g} is out of range: give a number between 0 and {most:g}.")
+    timed = options.budget_ms is not None and spends_on_tokens(options.recipe)
+    if options.keep is not None and (options.max_drop is not None or timed):
+        other = "--max-drop" if options.max_drop is not None else "--budget-ms"
+        raise TightfitError(f"--keep and {other} both say how many tokens stay; give one of them.")
 
 
 def refuse_too_few(captured: Captured, calibration: CalibrationSet, evaluation: CalibrationSet, batch: int) -> None:

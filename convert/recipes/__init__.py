@@ -12,11 +12,25 @@ from convert.errors import TightfitError
 
 FOLDER = Path(__file__).parent
 AUTO = "auto"
-KEYS = {"summary", "steps", "compute", "version", "weight", "activation_bits", "ends_bits", "parameters", "search"}
+KEYS = {
+    *("summary", "steps", "compute", "version", "weight", "activation_bits", "ends_bits", "parameters", "search"),
+    "tokens",
+}
+TOKEN_KEYS = {"method", "keep", "options"}
 WEIGHT_KEYS = {"bits", "group", "kind", "power_of_two"}
 # Stands for the quantizing step that the device's profile picks by the kind of network.
 QUANTIZE = "quantize"
 EIGHT_BITS = WeightFormat()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How tokens are cut out of a transformer before anything else: a method of `calibrate/tokens/methods`, the mean
+    share of tokens that is kept over the blocks, and the method's options."""
+
+    method: str
+    keep: float = 0.7
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class Recipe:
 
     `weight`: the format of weights. `activation_bits`: 8, or 16 where the runtime has such kernels. `ends_bits`: the
     bits of the first and the last layer with weights, None for those of all. `parameters`: what steps are told.
-    `search`: "mixed", layers get formats of their own under a budget.
+    `search`: "mixed", layers get formats of their own under a budget. `tokens`: what is cut out before the steps.
     """
 
     name: str
@@ -37,6 +51,7 @@ class Recipe:
     ends_bits: int | None = None
     parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     search: str | None = None
+    tokens: Tokens | None = None
 
 
 def names() -> list[str]:
@@ -62,6 +77,9 @@ def load(text: str) -> Recipe:
     formats = {part.weight for part in parts if part.weight != WeightFormat()}
     if len(formats) > 1:
         raise TightfitError(f"recipe '{text}' asks for weights in two formats at once; name one of them")
+    pruning = [part.name for part in parts if part.tokens]
+    if len(pruning) > 1:
+        raise TightfitError(f"recipe '{text}' removes tokens twice ({', '.join(pruning)}); name one of them")
     # Half weights come last: what a quantizing step left float is what they are for.
     ordered = tuple(sorted(steps, key=lambda s: s == "half_weights"))
     return Recipe(
@@ -74,7 +92,18 @@ def load(text: str) -> Recipe:
         next((part.ends_bits for part in parts if part.ends_bits), None),
         {step: values for part in parts for step, values in part.parameters.items()},
         next((part.search for part in parts if part.search), None),
+        next((part.tokens for part in parts if part.tokens), None),
     )
+
+
+def automatic(text: str) -> bool:
+    """Whether a recipe's name leaves the quantizing to Tightfit: `auto`, alone or joined with one that prunes."""
+    return AUTO in (part.strip() for part in text.split("+"))
+
+
+def resolved(text: str, chosen: str) -> str:
+    """The recipe's name with `auto` replaced by what was chosen."""
+    return "+".join(chosen if part.strip() == AUTO else part.strip() for part in text.split("+"))
 
 
 def quantizes(step: str) -> bool:
@@ -124,6 +153,7 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
         _one_of(path, "ends_bits", content["ends_bits"], (8, 4)) if "ends_bits" in content else None,
         _parameters(path, content.get("parameters", {}), tuple(steps)),
         _one_of(path, "search", content["search"], ("mixed",)) if "search" in content else None,
+        _tokens(path, content["tokens"]) if "tokens" in content else None,
     )
 
 
@@ -150,6 +180,25 @@ def _weight(path: Path, table: Any) -> WeightFormat:
         kind,
         kind == "int" and bool(table.get("power_of_two", False)),
     )
+
+
+def _tokens(path: Path, table: Any) -> Tokens:
+    """The table [tokens]."""
+    from calibrate.tokens import methods
+
+    if not isinstance(table, dict) or set(table) - TOKEN_KEYS or "method" not in table:
+        raise TightfitError(f"[tokens] in the recipe file {path} takes {', '.join(sorted(TOKEN_KEYS))}, method always")
+    method = _one_of(path, "tokens.method", table["method"], tuple(methods.names()))
+    keep = table.get("keep", Tokens.keep)
+    if not isinstance(keep, float) or not 0 < keep < 1:
+        raise TightfitError(f"the recipe file {path} has tokens.keep = {keep!r}; it takes a share between 0 and 1")
+    known = getattr(methods.find(method), "defaults", {})
+    options = table.get("options", {})
+    for key in options if isinstance(options, dict) else ():
+        if key not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise TightfitError(f"the token method {method} has no option '{key}' (recipe file {path}); it has {there}")
+    return Tokens(method, keep, dict(options))
 
 
 def _parameters(path: Path, tables: Any, steps: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:

@@ -249,6 +249,41 @@ class GateResult(Part):
         return self
 
 
+class TokenCut(Part):
+    """Where tokens are removed, and how many stay."""
+
+    layer: str
+    block: int = Field(ge=1, description="The block of the model, from 1, between whose attention and MLP the cut is.")
+    before: int = Field(ge=1)
+    after: int = Field(ge=1)
+
+
+class TokenSample(Part):
+    """What became of the tokens of one evaluation sample.
+
+    `became[i]` is for cut i the place, among the tokens that stay, of what each of the model's tokens went into; -1:
+    it is gone. `grid`: rows and columns of the patches, null for text. `image`: the sample as a PNG in base64.
+    """
+
+    became: tuple[tuple[int, ...], ...]
+    grid: tuple[int, int] | None = None
+    image: str | None = None
+
+
+class TokenFacts(Part):
+    """The tokens of a transformer, block by block."""
+
+    method: str
+    form: str = Field(description='How tokens are taken: "topk" (top-k and gather) or "rank" (products alone).')
+    protected: int = Field(ge=0, description="Tokens in front that always stay, such as a class token.")
+    tokens: int = Field(ge=1, description="Tokens of the model before any cut.")
+    share: float = Field(gt=0, le=1, description="Mean share of the tokens that leave a block.")
+    per_block: tuple[int, ...] = Field(description="Tokens that leave each block.")
+    cuts: tuple[TokenCut, ...] = ()
+    changed: float = Field(description="Percent of answers that changed on calibration samples, or 100 (1 - cosine).")
+    samples: tuple[TokenSample, ...] = ()
+
+
 class Result(Part):
     """One artifact: one device, one target."""
 
@@ -266,6 +301,7 @@ class Result(Part):
     latency: Latency | None = None
     latency_note: str | None = Field(default=None, description="Why there is no latency.")
     placement: PlacementFacts
+    tokens: TokenFacts | None = Field(default=None, description="Where a recipe removed tokens.")
     gates: tuple[GateResult, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
 

@@ -1,0 +1,177 @@
+"""Fewer tokens: what a recipe that prunes does to a captured transformer before any step runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch.fx import GraphModule
+
+from calibrate.graph import clone, run
+from calibrate.plan import Entry
+from calibrate.samples import Batch, CalibrationSet
+from calibrate.tokens import methods, protect
+from calibrate.tokens.attention import sites
+from calibrate.tokens.insert import Cut, reduce
+from calibrate.tokens.schedule import Schedule, candidates
+from convert import recipes
+from convert.capture import Captured
+from convert.compress import Judge, Outputs
+from convert.drift import Drift, classifies
+from convert.errors import TightfitError
+from convert.evaluation import STEP
+
+# Shares that are looked at when a budget, and no share, is given: from nearly all tokens to few.
+SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(16))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A schedule, how far its outputs are from float in dB, and the percent of answers that changed.
+
+    An answer is the largest score; where outputs are no scores of classes, `drop` is 100 (1 - mean cosine).
+    """
+
+    schedule: Schedule
+    db: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A captured model with fewer tokens, and how that came about. `layers`: the name of each cut's attention."""
+
+    captured: Captured
+    pruner: "Pruner"
+    form: str
+    scored: Scored
+    layers: tuple[str, ...]
+    ledger: tuple[Entry, ...]
+    how: str
+
+    @property
+    def schedule(self) -> Schedule:
+        """How many tokens stay behind which block."""
+        return self.scored.schedule
+
+
+class Pruner:
+    """Removes tokens from one captured model by one method, and says what that does to its answers.
+
+    Raises CalibrationError where the model does not allow it: no attention, windows, a causal decoder, a head that
+    needs every token.
+    """
+
+    def __init__(
+        self, captured: Captured, judge: Judge, wanted: recipes.Tokens, data: CalibrationSet, seed: int = 0
+    ) -> None:
+        self.captured, self.judge, self.seed = captured, judge, seed
+        self.method = methods.find(wanted.method)
+        self.name = wanted.method
+        found = sites(captured.graph)
+        self.blocks, self.tokens = len(found), found[0].tokens
+        self.protected = self._protected()
+        self.options = dict(wanted.options)
+        self.notes: list[Entry] = []
+        self._look_for_separator(data)
+        self._seen: dict[Schedule, Scored] = {}
+
+    def _protected(self) -> int:
+        return protect.protected(self.captured.graph)
+
+    def _look_for_separator(self, data: CalibrationSet) -> None:
+        if "separator" not in getattr(self.method, "defaults", {}) or "separator" in self.options:
+            return
+        found = separator(self.captured, data)
+        if found is not None:
+            self.options["separator"] = found
+            self.notes.append(
+                Entry(STEP, "model", f"the token {found} always stays", "it ends every calibration sample ([SEP])")
+            )
+
+    @property
+    def halves(self) -> bool:
+        """Whether one cut can remove half of the tokens at most."""
+        return bool(getattr(self.method, "halves", False))
+
+    def graph(self, schedule: Schedule, form: str = "topk", traced: bool = False) -> GraphModule:
+        """The model with these cuts; see `calibrate.tokens.insert.reduce`."""
+        graph = clone(self.captured.graph)
+        cuts = [Cut(block, keep, self.name, self.options) for block, keep in schedule.cuts]
+        if cuts:
+            reduce(graph, cuts, self.protected, form, self.seed, traced)
+        return graph
+
+    def score(self, schedule: Schedule) -> Scored:
+        """What a schedule does to the outputs on the judging samples; each is looked at once."""
+        if schedule not in self._seen:
+            graph = self.graph(schedule)
+            self._seen[schedule] = Scored(schedule, self.judge.score(graph), self._changed(graph))
+        return self._seen[schedule]
+
+    def _changed(self, graph: GraphModule) -> float:
+        drift: Drift | None = None
+        for inputs, expected in zip(self.judge.inputs, self.judge.expected, strict=True):
+            wanted, got = self._named(expected), self._named(run(graph, inputs))
+            drift = drift or Drift(classifies(wanted, None))
+            drift.add(wanted, got)
+        assert drift is not None
+        share = drift.top1_agreement if drift.top1_agreement is not None else drift.cosine
+        return 100 * (1 - share)
+
+    def _named(self, values: Outputs) -> Batch:
+        return {n: v.numpy() for n, v in zip(self.captured.outputs, values, strict=True) if v.is_floating_point()}
+
+    def schedules(self, share: float) -> list[Schedule]:
+        """What is tried for a share of tokens. Raises TightfitError for a share that leaves too few."""
+        found = candidates(self.blocks, self.tokens, share, self.protected, self.halves)
+        if not found:
+            least = next((s for s in reversed(SHARES) if self._any(s)), None)
+            hint = f"the least that works here is about {least:g}" if least else "this model has too few tokens"
+            raise TightfitError(
+                f"keeping a share of {share:g} of {self.tokens} tokens over {self.blocks} blocks leaves no token "
+                f"besides the {self.protected} that always stay, or removes more than {self.name} can: {hint}."
+            )
+        return found
+
+    def _any(self, share: float) -> bool:
+        return bool(candidates(self.blocks, self.tokens, share, self.protected, self.halves))
+
+    def pruned(self, scored: Scored, form: str, how: str, tried: Sequence[Scored]) -> Pruned:
+        """The model with a chosen schedule, in the form that the device wants."""
+        captured = replace(self.captured, graph=self.graph(scored.schedule, form))
+        layers = [site.layer for site in sites(self.captured.graph)]
+        ledger = [*self.notes]
+        before = self.tokens
+        for block, keep in scored.schedule.cuts:
+            place = f"behind the attention of block {block + 1} of {self.blocks}"
+            ledger.append(Entry(STEP, layers[block], f"{before} → {keep} tokens by {self.name}", place))
+            before = keep
+        for other in sorted(tried, key=lambda t: -t.db):
+            if other.schedule != scored.schedule:
+                cuts = ", ".join(f"{keep} behind block {block + 1}" for block, keep in other.schedule.cuts)
+                ledger.append(Entry(STEP, "model", f"left out: {cuts}", f"{other.db:.1f} dB, not {scored.db:.1f}"))
+        names = tuple(layers[block] for block, _ in scored.schedule.cuts)
+        return Pruned(captured, self, form, scored, names, tuple(ledger), how)
+
+
+def separator(captured: Captured, data: CalibrationSet) -> int | None:
+    """The id that every calibration sample's text ends with, before its padding; None where there is none."""
+    names = [n.name for n in captured.graph.graph.nodes if n.op == "placeholder"]
+    looked_up = protect.ids(captured.graph)
+    if not looked_up:
+        return None
+    inputs = dict(zip(names, captured.inputs, strict=True))
+    ids = inputs[looked_up[0].name]
+    masks = [
+        i for n, i in inputs.items() if i.sample_shape == ids.sample_shape and n not in {x.name for x in looked_up}
+    ]
+    last: set[int] = set()
+    for batch in data.batches(64):
+        rows = batch[ids.name]
+        seen = batch[masks[0].name] != 0 if masks else np.ones(rows.shape, bool)
+        for row, visible in zip(rows, seen, strict=True):
+            last.add(int(row[visible][-1]) if visible.any() else -1)
+        if len(last) > 1:
+            return None
+    found = last.pop() if last else -1
+    return found if found >= 0 else None
