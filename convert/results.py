@@ -19,7 +19,7 @@ def reason_of(made: Compressed) -> str:
     if made.restored:
         reason += f" {len(made.restored)} layers went back to float to hold the drift: {', '.join(made.restored)}."
     for note in made.notes:
-        reason += f" {note}"
+        reason = f"{reason.rstrip('.')}. {note}"
     return reason
 
 

@@ -31,7 +31,7 @@ class Costs:
 
 
 def with_fewer_tokens(run: Run, decision: Decision) -> Run:
-    """The run with tokens removed as --keep, --max-drop or the recipe says; the run itself where nothing asks for it."""
+    """The run with tokens removed as --keep, --max-drop or the recipe says; the run itself where none are to be."""
     if decision.tokens is None:
         return run
     options, form = run.options, decision.rules.token_form

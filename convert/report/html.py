@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import pictures, words
+from . import pictures, token_pictures, words
 from .schema import Report, Result
 
 _FOLDER = Path(__file__).parent
@@ -24,6 +24,7 @@ def html(report: Report) -> str:
         report=report,
         words=words,
         pictures=pictures,
+        token_pictures=token_pictures,
         anchors={r.subject: f"result-{i}" for i, r in enumerate(report.results, 1)},
         by_reason=by_reason,
         most_ledger_rows=MOST_LEDGER_ROWS,
