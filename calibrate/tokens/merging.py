@@ -14,18 +14,20 @@ from .methods import Request
 from .selection import multiplied, rank
 from .sizes import ATTENDED, SIZE
 
+# Cosines are compared in steps of this. Tokens that are the same have a cosine of 1 but for rounding, which differs
+# from runtime to runtime: without steps it, and not the tokens' order, would say which of several such pairs is first.
+ALIKE = 2.0**-14
+
 
 def similarity(build: Builder, site: Site) -> Node:
-    """Cosine of the tokens' keys, mean over the heads [B, N, N]."""
-    return cosine(build, build.call(aten.mean.dim, site.key, [1]))
-
-
-def cosine(build: Builder, vectors: Node) -> Node:
-    """Cosine of each two of `vectors` [B, N, D]: [B, N, N]."""
-    square = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, vectors, vectors), [-1], True)
+    """Cosine of the tokens' keys, mean over the heads [B, N, N], in steps of ALIKE."""
+    key = build.call(aten.mean.dim, site.key, [1])
+    square = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, key, key), [-1], True)
     length = build.call(aten.sqrt.default, build.call(aten.clamp.default, square, 1e-12))
-    unit = build.call(aten.div.Tensor, vectors, length)
-    return build.call(aten.matmul.default, unit, build.call(aten.transpose.int, unit, 1, 2))
+    unit = build.call(aten.div.Tensor, key, length)
+    cosine = build.call(aten.matmul.default, unit, build.call(aten.transpose.int, unit, 1, 2))
+    steps = build.call(aten.round.default, build.call(aten.mul.Tensor, cosine, 1.0 / ALIKE))
+    return build.call(aten.mul.Tensor, steps, ALIKE)
 
 
 def removed(site: Site, request: Request) -> int:

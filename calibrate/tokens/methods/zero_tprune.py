@@ -25,9 +25,6 @@ from . import Request
 # Rounds of voting by thirds of the model's depth. The paper votes 30 to 50 times in the first layers, whose ranks
 # converge slowly, and once in the last; here each round is an operator in the file, so there are fewer.
 ROUNDS = (8, 5, 1)
-# Cosines are compared in steps of this. Tokens that are the same have a cosine of 1 but for rounding, which differs from
-# runtime to runtime: without steps it, and not the tokens' order, would say which of several such pairs comes first.
-ALIKE = 2.0**-14
 
 
 class ZeroTPrune:
