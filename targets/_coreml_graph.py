@@ -29,6 +29,7 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _KEPT = {qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE, qdq.LOOKUP, PACKED_WEIGHT}
 _DYNAMIC = {qdq.DYNAMIC_LINEAR, qdq.DYNAMIC_CONV2D}
 _WHERE = {aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
+_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
 @torch.library.custom_op("tightfit::half_weight", mutates_args=())
@@ -195,8 +196,15 @@ def _spell_out_strides(graph: Graph) -> None:
 
 
 def _tensor_where(module: GraphModule) -> None:
-    """where(cond, 1.0, x) -> where(cond, tensor(1.0), x); a branch that is a number takes the result's type."""
+    """where(cond, 1.0, x) -> where(cond, tensor(1.0), x); a branch that is a number takes the result's type.
+
+    A masked_fill whose mask is larger than what it fills is such a `where` too: coremltools gives it the shape of what
+    it fills.
+    """
     for node in list(module.graph.nodes):
+        if node.target in _FILLS and node.args[0].meta["val"].shape != node.meta["val"].shape:
+            filled, mask, value = node.args
+            node.target, node.args = aten.where.ScalarSelf, (mask, value, filled)
         if node.target not in _WHERE:
             continue
         dtype = node.meta["val"].dtype
