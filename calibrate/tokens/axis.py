@@ -4,7 +4,7 @@ Where it cannot be followed, the operator and its layer are named with the reaso
 only when everything behind the cut is understood.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -90,8 +90,8 @@ def refuse(node: Node, why: str) -> NoReturn:
     )
 
 
-def follow(graph: GraphModule, start: Node, protected: int = 1) -> Trail:
-    """Follow the tokens of `start` [B, N, C] to the graph's output.
+def follow(graph: GraphModule, start: Node, protected: int = 1, within: Container[Node] | None = None) -> Trail:
+    """Follow the tokens of `start` [B, N, C] to the graph's output, or through the nodes `within` alone.
 
     The first `protected` tokens are never removed, so that they may be read by their place. Raises CalibrationError
     where the tokens are mixed by place (convolutions, windows), or the output needs every one of them.
@@ -103,7 +103,7 @@ def follow(graph: GraphModule, start: Node, protected: int = 1) -> Trail:
     trail.axes[start] = ((Factor(batch, BATCH),), (Factor(tokens, TOKENS),), plain(width))
     trail.behind[start] = None
     for node in _after(graph, start):
-        if not any(a in trail.behind for a in node.all_input_nodes):
+        if not any(a in trail.behind for a in node.all_input_nodes) or (within is not None and node not in within):
             continue
         trail.behind[node] = None
         if not any(a in trail.axes for a in node.all_input_nodes) or kind(node) == "shape":
@@ -138,8 +138,8 @@ def _refuse_output(node: Node, trail: Trail) -> NoReturn:
     last = next(a for a in node.all_input_nodes if a in trail.axes)
     raise CalibrationError(
         f"the model's output '{layer_name(last)}' has a value for every token, so its head needs every token: "
-        "a reconstruction of the removed ones would be needed. Prune a model that pools its tokens or reads a class "
-        "token."
+        "a reconstruction of the removed ones would be needed. Use cluster (recipe cluster-tokens), which puts them "
+        "back, or prune a model that pools its tokens or reads a class token."
     )
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import CalibrationError
 from ..graph import finish, layer_name, operator_name
-from . import methods, sizes
+from . import methods, restoring, sizes
 from .attention import REDUCED, Site, sites
 from .axes import holds_tokens, layout_of_tokens
 from .axis import Trail, follow, refuse
@@ -59,6 +59,7 @@ def reduce(
     The first `protected` tokens (class token, distillation token) always stay, in front. `form` is one of
     `selection.FORMS`. A cut that keeps all tokens is inserted as well: it changes no value beyond their order. With
     `traced` the graph has one more output per cut, behind its own: the `origin` of the tokens that stay.
+    Where the model needs every token, methods that can put tokens back do so behind the last block (see `restoring`).
     Raises CalibrationError where a model or a cut does not allow it; the graph may be half edited then: give a clone.
     """
     if form not in FORMS:
@@ -69,16 +70,33 @@ def reduce(
     planes: dict[str, Node] = {}
     done: list[Done] = []
     attended: list[tuple[int, Node | None]] = []
-    for cut in sorted(cuts, key=lambda c: c.block):
-        done.append(_cut(graph, cut, protected, form, seed, planes, done[-1].origin if done else None, traced))
+    cuts = sorted(cuts, key=lambda c: c.block)
+    until = _until(graph, cuts, protected)
+    last = until[1] if until else None
+    for cut in cuts:
+        done.append(_cut(graph, cut, protected, form, seed, planes, done[-1].origin if done else None, traced, last))
         attended.append((cut.block, planes.get(sizes.ATTENDED)))
+    if until:
+        attended.append((until[0], None))
     if sizes.SIZE in planes:
-        sizes.weighted(graph, follow(graph, done[-1].kept, protected), planes[sizes.SIZE])
+        inside = restoring.stretch(graph, done[-1].kept, last) if last else None
+        sizes.weighted(graph, follow(graph, done[-1].kept, protected, inside), planes[sizes.SIZE])
     sizes.attended(graph, sites(graph), attended)
     if traced:
         _show(graph, [d.origin for d in done])
     finish(graph)
     return done
+
+
+def _method(cut: Cut) -> methods.Method:
+    return methods.find(cut.method) if isinstance(cut.method, str) else cut.method
+
+
+def _until(graph: GraphModule, cuts: Sequence[Cut], protected: int) -> tuple[int, Node] | None:
+    """The block, and its last sum, behind which tokens are put back; None where they are not."""
+    able = [c for c in cuts if getattr(_method(c), "reconstructs", False)]
+    until = [(c.block, _options(c, _method(c)).get("until")) for c in able]
+    return restoring.end(graph, until, len(able) < len(cuts), protected)
 
 
 def _show(graph: GraphModule, nodes: Sequence[Node | None]) -> None:
@@ -98,6 +116,7 @@ def _cut(
     planes: dict[str, Node],
     origin: Node | None,
     traced: bool,
+    last: Node | None,
 ) -> Done:
     found = sites(graph)
     if not 0 <= cut.block < len(found):
@@ -106,8 +125,9 @@ def _cut(
         )
     site = found[cut.block]
     _refuse_counts(cut, site, protected)
-    method = methods.find(cut.method) if isinstance(cut.method, str) else cut.method
-    trail = follow(graph, site.residual, protected)
+    method = _method(cut)
+    inside = restoring.stretch(graph, site.residual, last) if last else None
+    trail = follow(graph, site.residual, protected, inside)
     if method.attention:
         site = written_out(graph, site)
     build = Builder(graph, site.residual.next, f"{site.layer}.tokens")
@@ -127,6 +147,8 @@ def _cut(
     for node in trail.resized:
         _resize(node, trail, reduction.count)
     refreshed(graph, [n for n in trail.axes if n is not site.residual])
+    if inside is not None:
+        restoring.put_back(trail, inside, cast(restoring.Restoring, reduction), kept, build.layer)
     return Done(cut, site.layer, before, reduction.count, kept, origin)
 
 

@@ -33,7 +33,9 @@ class Request:
 class Method(Protocol):
     """`attention`: it looks at the probabilities, so the attention before the cut is written out.
 
-    `halves`, where true: one cut removes at most half of the unprotected tokens. `defaults`, where a method has them: its options and their default values.
+    `halves`, where true: one cut removes at most half of the unprotected tokens. `reconstructs`, where true: its
+    reductions can be undone (`restoring.Restoring`). `defaults`, where a method has them: its options and their default
+    values.
     """
 
     attention: bool
