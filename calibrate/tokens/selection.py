@@ -155,24 +155,26 @@ def _product(build: Builder, rows: Node, operand: Node, dim: int, batch: int | N
     order = [*first, *(i for i in range(length) if i not in (*first, dim % length)), dim % length]
     if order != list(range(length)):
         operand = build.call(aten.permute.default, operand, order)
-    turned = build.call(aten.transpose.int, rows, -2, -1)
     if batch is None:
-        made = build.call(aten.matmul.default, operand, turned)
+        made = build.call(aten.matmul.default, operand, build.call(aten.transpose.int, rows, -2, -1))
     else:
-        made = _three_axes(build, operand, rows, turned)
+        made = _per_sample(build, operand, rows)
     back = [order.index(i) for i in range(length)]
     return made if back == list(range(length)) else build.call(aten.permute.default, made, back)
 
 
-def _three_axes(build: Builder, operand: Node, rows: Node, turned: Node) -> Node:
-    """[B, ..., N] times `turned` [B, N, K] (`rows` the other way round), with the axes between folded into one."""
+def _per_sample(build: Builder, operand: Node, rows: Node) -> Node:
+    """[B, ..., N] times `rows` [B, K, N] the other way round, with the axes between folded into one."""
     rest = [int(d) for d in operand.meta["val"].shape[1:-1]]
-    old, new = (int(d) for d in turned.meta["val"].shape[1:])
-    flat = build.call(aten.reshape.default, operand, [-1, math.prod(rest), old])
-    if math.prod(rest) == 1:  # LiteRT's converter miscounts the axes of a product with a single row
-        made = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, rows, flat), [-1])
+    new, old = (int(d) for d in rows.meta["val"].shape[1:])
+    if not rest or rest[-1] == 1:  # a product with single rows: LiteRT's converter miscounts the axes of some of these
+        between = rest[:-1]
+        single = build.call(aten.reshape.default, operand, [-1, *between, 1, old])
+        rows = build.call(aten.reshape.default, rows, [-1, *(1 for _ in between), new, old])
+        made = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, rows, single), [-1])
     else:
-        made = build.call(aten.matmul.default, flat, turned)
+        flat = build.call(aten.reshape.default, operand, [-1, math.prod(rest), old])
+        made = build.call(aten.matmul.default, flat, build.call(aten.transpose.int, rows, -2, -1))
     return build.call(aten.reshape.default, made, [-1, *rest, new])
 
 
