@@ -52,15 +52,24 @@ class Classifier(nn.Module):
         return self.model(pixel_values=x).logits
 
 
-def deit() -> nn.Module:
-    """DeiT-tiny's shape with random weights (seed 0): for speed and size only."""
+def deit(width: int = 192) -> nn.Module:
+    """DeiT-tiny's shape (a `width` of 384: DeiT-small's) with random weights (seed 0): for speed and size only."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000
+        hidden_size=width,
+        num_hidden_layers=12,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        num_labels=1000,
     )
     return Classifier(ViTForImageClassification(config)).eval()
+
+
+def deit_small() -> nn.Module:
+    """DeiT-small's shape with random weights."""
+    return deit(384)
 
 
 def images(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -232,11 +232,17 @@ class Judge:
         The first alone is blind to what happens to samples of small outputs; the second is what a mean cosine sees:
         20 dB is a cosine of 0.995.
         """
-        drift, each = Drift(classifies=False), _Each()
         call = simulate(graph, adder=adder)
-        for inputs, expected in zip(self._inputs, self._expected, strict=True):
-            got = self._in_company(call, inputs) if depends_on_company(graph) else call(inputs)
-            drift.add(self._named(expected), self._named(got))
+        made = []
+        for inputs in self._inputs:
+            made.append(self._in_company(call, inputs) if depends_on_company(graph) else call(inputs))
+        return self.closeness(made)
+
+    def closeness(self, made: Iterable[Outputs]) -> float:
+        """The same for outputs of these samples, batch by batch."""
+        drift, each = Drift(classifies=False), _Each()
+        for expected, got in zip(self._expected, made, strict=True):
+            drift.add(self.named(expected), self.named(got))
             each.add(expected, got)
         return -math.inf if math.isnan(drift.sqnr_db) else min(drift.sqnr_db, each.db)
 
@@ -246,7 +252,8 @@ class Judge:
         parts = [call([t[i : i + size] for t in inputs]) for i in range(0, len(inputs[0]), size)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _named(self, values: tuple[Tensor, ...]) -> Batch:
+    def named(self, values: Outputs) -> Batch:
+        """Outputs by name, those that are float numbers."""
         return {n: v.numpy() for n, v in zip(self.captured.outputs, values, strict=True) if v.is_floating_point()}
 
 

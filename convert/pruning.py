@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from calibrate.graph import clone, run
 from calibrate.plan import Entry
-from calibrate.samples import Batch, CalibrationSet
+from calibrate.samples import CalibrationSet
 from calibrate.tokens import methods, protect
 from calibrate.tokens.attention import sites
 from calibrate.tokens.insert import Cut, reduce
@@ -105,21 +105,19 @@ class Pruner:
         """What a schedule does to the outputs on the judging samples; each is looked at once."""
         if schedule not in self._seen:
             graph = self.graph(schedule)
-            self._seen[schedule] = Scored(schedule, self.judge.score(graph), self._changed(graph))
+            outputs = [run(graph, inputs) for inputs in self.judge.inputs]
+            self._seen[schedule] = Scored(schedule, self.judge.closeness(outputs), self._changed(outputs))
         return self._seen[schedule]
 
-    def _changed(self, graph: GraphModule) -> float:
+    def _changed(self, outputs: Sequence[Outputs]) -> float:
         drift: Drift | None = None
-        for inputs, expected in zip(self.judge.inputs, self.judge.expected, strict=True):
-            wanted, got = self._named(expected), self._named(run(graph, inputs))
+        for expected, got in zip(self.judge.expected, outputs, strict=True):
+            wanted = self.judge.named(expected)
             drift = drift or Drift(classifies(wanted, None))
-            drift.add(wanted, got)
+            drift.add(wanted, self.judge.named(got))
         assert drift is not None
         share = drift.top1_agreement if drift.top1_agreement is not None else drift.cosine
         return 100 * (1 - share)
-
-    def _named(self, values: Outputs) -> Batch:
-        return {n: v.numpy() for n, v in zip(self.captured.outputs, values, strict=True) if v.is_floating_point()}
 
     def schedules(self, share: float) -> list[Schedule]:
         """What is tried for a share of tokens. Raises TightfitError for a share that leaves too few."""

@@ -12,19 +12,21 @@ from convert.pruning import SHARES, Pruner, Scored
 
 # Of the sets of blocks looked at for the first share, so many of the best are looked at for the next.
 BEST = 6
+# A cut more is taken for this much at least: choosing tokens costs operators of its own.
+CUT_DB = 0.3
 
 Cost = Callable[[Schedule], float]
 Progress = Callable[[str, int, int | None], None]
 
 
 def choose(pruner: Pruner, share: float, progress: Progress) -> tuple[Scored, list[Scored]]:
-    """The schedule of a mean share whose outputs stay closest to float, and all that were looked at."""
+    """The schedule of a mean share whose outputs stay closest to float, few cuts preferred, and all looked at."""
     wanted = pruner.schedules(share)
     tried = []
     for count, schedule in enumerate(wanted):
         progress("token schedules", count, len(wanted))
         tried.append(pruner.score(schedule))
-    return max(tried, key=lambda t: t.db), tried
+    return max(tried, key=lambda t: t.db - CUT_DB * len(t.schedule.cuts)), tried
 
 
 def cheapest(pruner: Pruner, cost: Cost, most_drop: float, progress: Progress) -> tuple[Scored, list[Scored]]:
