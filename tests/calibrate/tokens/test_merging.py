@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from encoders import TOKENS, WIDTH, tokens
-from small_graphs import Made
-from token_models import ROUNDING, Layer, attention_of, captured, cut, feeds, graph_of, is_close, values
+from encoders import TOKENS
+from token_models import PAIRED, ROUNDING, attention_of, cut, feeds, graph_of, is_close, twins, values
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from calibrate.errors import CalibrationError
 from calibrate.graph import clone, operator_name, run
@@ -48,22 +46,6 @@ def test_the_most_alike_are_merged_as_the_paper_says(gone: int) -> None:
     mean = (kept * sizes[:, :, None]).sum(1) / TOKENS
     assert is_close(mean, residual.mean(1))
     assert not is_close(kept.mean(1), residual.mean(1))
-
-
-def twins(by_hand: bool, **options: bool) -> GraphModule:
-    """Two blocks without positions, then a mean (or a sum, or a mean behind the class token)."""
-    torch.manual_seed(0)
-
-    def call(self: nn.Module, x: Tensor) -> Tensor:
-        x = self.two(self.one(self.embed(x)))
-        return self.head(x.sum(1) if options.get("summed") else x[:, 1:].mean(1) if options.get("rest") else x.mean(1))
-
-    layers = {"embed": nn.Linear(8, WIDTH), "one": Layer(by_hand), "two": Layer(by_hand), "head": nn.Linear(WIDTH, 5)}
-    return captured(Made(call, **layers), tokens())
-
-
-# The second and third token are alike, and so are the fourth and fifth.
-PAIRED = (tokens(5, seed=9)[:, [0, 1, 1, 3, 3, 5]],)
 
 
 @pytest.mark.parametrize("pool", ["mean", "summed", "rest"])

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 from encoders import HEADS, TOKENS, WIDTH, encoder, planted, tokens
-from small_graphs import capture
+from small_graphs import Made, capture
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -132,6 +132,22 @@ class TorchEncoder(nn.Module):
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         x = self.encoder(self.embed(x), src_key_padding_mask=keep == 0 if self.masked else None)
         return self.head(x[:, 0] if self.masked else x.mean(1) + keep.sum() * 0)
+
+
+def twins(by_hand: bool, **options: bool) -> GraphModule:
+    """Two blocks without positions, then a mean (or a sum, or a mean behind the class token)."""
+    torch.manual_seed(0)
+
+    def call(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.embed(x)))
+        return self.head(x.sum(1) if options.get("summed") else x[:, 1:].mean(1) if options.get("rest") else x.mean(1))
+
+    layers = {"embed": nn.Linear(8, WIDTH), "one": Layer(by_hand), "two": Layer(by_hand), "head": nn.Linear(WIDTH, 5)}
+    return captured(Made(call, **layers), tokens())
+
+
+# The second and third token are alike, and so are the fourth and fifth.
+PAIRED = (tokens(5, seed=9)[:, [0, 1, 1, 3, 3, 5]],)
 
 
 @cache
