@@ -92,6 +92,9 @@ KINDS: dict[str, str] = {
     "dynamic_conv2d": "conv",
 }
 
+# A mark in `meta`: which cut this operator belongs to, of those that decide which tokens stay, or take them.
+CHOOSES_TOKENS = "chooses_tokens"
+
 # Kinds that hold trained weights as their second argument; (input, weight, bias).
 WEIGHTED = ("conv", "linear")
 # Kinds that only move values about: they cost no arithmetic and change no number.
@@ -152,6 +155,11 @@ def layer_name(node: Node) -> str:
 def kept_float(node: Node, kept: Mapping[str, str]) -> str | None:
     """Why this layer stays float: the reason the plan has for its name, or one a step left in `meta["keep_float"]`."""
     return kept.get(layer_name(node)) or node.meta.get("keep_float")
+
+
+def chooses_tokens(node: Node) -> bool:
+    """Whether the node belongs to a token cut: scores and ranks in codes would tie, and other tokens stay."""
+    return CHOOSES_TOKENS in node.meta
 
 
 def constant(graph: GraphModule, node: Node) -> Tensor:

@@ -4,6 +4,7 @@ A conv or linear with constant weights always wants its input as codes. Any othe
 only where all its tensors come as codes anyway: an island grows from the weighted layers, it never starts at an add.
 So an additive attention mask, a positional embedding or a residual stream of LayerNorms stays float by construction.
 An activation that a kernel fuses (relu, clamp) belongs to the layer before it: the codes are written after it.
+What chooses tokens computes in float on values that were not rounded to codes: a rank is a comparison of neighbours.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,21 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph import constant_made, is_constant, is_weighted, kept_float, kind, layer_name, weight_nodes
+from .graph import (
+    CHOOSES_TOKENS,
+    chooses_tokens,
+    constant_made,
+    is_constant,
+    is_weighted,
+    kept_float,
+    kind,
+    layer_name,
+    weight_nodes,
+)
 from .plan import Plan
 
 FUSED = ("relu", "clamp")
+CHOICE = "it decides which tokens stay: codes would make equal what is not"
 # Kinds that a runtime may do in float between dequantize and quantize without changing a value: codes go in, the same
 # codes come out. They keep an island whole where its kernels lack them (a padded shortcut under ONNX Runtime).
 BRIDGES = frozenset(("pad", "slice", "select", "reshape", "transpose", "split", "expand", "cat", "max_pool"))
@@ -70,6 +82,9 @@ class _Placer:
 
     def _forward(self, node: Node) -> None:
         what = kind(node)
+        if chooses_tokens(node):
+            self.left[str(node.meta[CHOOSES_TOKENS])] = CHOICE
+            return
         if node.op != "call_function" or not _is_float(node):
             return
         if what == "getitem":
@@ -145,7 +160,7 @@ class _Placer:
                 n = union[n]
             return n
 
-        chosen = [n for n in self.nodes if (n in demanded or n in forced) and not _gives_several(n)]
+        chosen = [n for n in self.nodes if (n in demanded or n in forced) and not _gives_several(n) and _is_read(n)]
         for node in self.nodes:
             if self._moves(node) and (node in demanded or any(u in demanded for u in _outputs(node))):
                 members = [*_tensors(node), *(o for o in _outputs(node) if o in demanded)]
@@ -156,16 +171,14 @@ class _Placer:
             group = numbers.setdefault(root(node), len(numbers))
             sites.group_of[node.name] = group
             # A kernel that moves codes writes codes: every reader gets them, else the move itself would stay float.
-            users = (
-                None
-                if node in forced or self._moves(node)
-                else tuple(
-                    u.name
-                    for u in node.users
-                    if node in self.wants.get(u, ()) or (self._moves(u) and _used(u, demanded))
-                )
+            everyone = node in forced or self._moves(node)
+            users = tuple(
+                u.name
+                for u in node.users
+                if not chooses_tokens(u)
+                and (everyone or node in self.wants.get(u, ()) or (self._moves(u) and _used(u, demanded)))
             )
-            sites.readers[node.name] = users
+            sites.readers[node.name] = None if everyone and len(users) == len(node.users) else users
             if kind(node) in self.plan.fixed_output:
                 sites.fixed[group] = self.plan.fixed_output[kind(node)]
         sites.layers = {n.name: layer_name(n) for n in self.wants}
@@ -207,6 +220,11 @@ def _has_constant(node: Node) -> bool:
     if any(is_constant(a) for a in _operands(node)):
         return True
     return kind(node) in ("add", "sub", "mul", "div") and any(not isinstance(a, Node) for a in node.args[:2])
+
+
+def _is_read(node: Node) -> bool:
+    """Whether anybody would read the codes of this tensor."""
+    return not all(chooses_tokens(u) for u in node.users)
 
 
 def _outputs(node: Node) -> list[Node]:

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from calibrate import qdq
 from calibrate.graph import (
     add_constant,
+    chooses_tokens,
     constant,
     constant_made,
     is_table,
@@ -36,7 +37,7 @@ class QuantizeDynamic:
         fixed = constant_made(graph.graph.nodes)
         for node in list(graph.graph.nodes):
             what = kind(node)
-            if layer_name(node) in halved:
+            if layer_name(node) in halved or chooses_tokens(node):  # products that take tokens have no weights
                 continue
             if is_table(node, fixed):
                 reason = kept_float(node, plan.keep_float)

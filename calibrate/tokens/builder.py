@@ -9,16 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..graph import add_constant
+from ..graph import CHOOSES_TOKENS, add_constant
 
 aten = torch.ops.aten
 
 
 class Builder:
-    """Puts operators before the node `before`, named after `layer`; each gets its fake tensor at once."""
+    """Puts operators before the node `before`, named after `layer`; each gets its fake tensor at once.
 
-    def __init__(self, graph: GraphModule, before: Node, layer: str) -> None:
-        self.graph, self.before, self.layer = graph, before, layer
+    They are marked as what chooses tokens, which keeps them float when the graph is quantized; not with `chooses` off.
+    """
+
+    def __init__(self, graph: GraphModule, before: Node, layer: str, chooses: bool = True) -> None:
+        self.graph, self.before, self.layer, self.chooses = graph, before, layer, chooses
         self.mode = fake_mode(graph)
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -26,6 +29,8 @@ class Builder:
         with self.graph.graph.inserting_before(self.before):
             node = self.graph.graph.call_function(target, args)
         node.meta["layer"] = f"{self.layer}.{node.name}"
+        if self.chooses:
+            node.meta[CHOOSES_TOKENS] = self.layer
         node.meta["val"] = evaluated(node, self.mode)
         return node
 

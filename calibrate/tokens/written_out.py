@@ -18,7 +18,7 @@ def written_out(graph: GraphModule, site: Site) -> Site:
     if site.probabilities is not None:
         return site
     node = site.node
-    build = Builder(graph, node, site.layer)
+    build = Builder(graph, node, site.layer, chooses=False)
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = 1.0 / math.sqrt(int(site.query.meta["val"].shape[-1]))

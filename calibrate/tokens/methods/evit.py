@@ -3,6 +3,9 @@
 The score of a token is the class token's attention to it, mean over the heads. With `fuse`, one more token carries the
 sum of what was dropped, weighted by attention (equation 3 of the paper, weights made to sum to one so that the fused
 token has the size of a token).
+
+The paper trains; without training, attention behind the cut would see one token where there were many. With
+`proportional` it counts the fused token as often as it stands for one (ToMe, arXiv 2210.09461, equation 1).
 """
 
 from typing import Any, ClassVar
@@ -12,13 +15,15 @@ from torch.fx import Node
 from ...errors import CalibrationError
 from ..attention import Site, probabilities
 from ..builder import Builder, aten
+from ..merging import sized
 from ..selection import Ranked, Reduction, multiplied, rank, ranked, ranked_by
+from ..sizes import ATTENDED, SIZE
 from . import Request
 
 
 class Evit:
     attention = True
-    defaults: ClassVar[dict[str, Any]] = {"fuse": True}
+    defaults: ClassVar[dict[str, Any]] = {"fuse": True, "proportional": True}
 
     def reduction(self, build: Builder, site: Site, request: Request) -> Reduction:
         if not request.protected:
@@ -32,7 +37,10 @@ class Evit:
             )
         places = rank(build, score, request.protected)
         best = ranked_by(build, places, request.keep - 1, request.form)
-        return WithRest(best, rest(build, score, places, request.keep - 1))
+        gone = build.call(aten.ge.Scalar, places, float(request.keep - 1))
+        size = sized(build, site, request)
+        count = build.call(aten.sum.dim_IntList, build.call(aten.where.ScalarOther, gone, size, 0.0), [-1], True)
+        return WithRest(best, rest(build, score, gone), count)
 
 
 def class_attention(build: Builder, site: Site) -> Node:
@@ -41,20 +49,23 @@ def class_attention(build: Builder, site: Site) -> Node:
     return build.call(aten.mean.dim, row, [1])
 
 
-def rest(build: Builder, score: Node, places: Node, kept: int) -> Node:
-    """Weights [B, 1, N] of the tokens whose rank is `kept` or more: their scores, summing to one."""
-    gone = build.call(aten.ge.Scalar, places, float(kept))
+# Below this sum of attention there is no rest worth a token; half precision would read less as nothing, and divide by it.
+LEAST = 2.0**-14
+
+
+def rest(build: Builder, score: Node, gone: Node) -> Node:
+    """Weights [B, 1, N] of the tokens that are `gone`: their scores, summing to one."""
     weight = build.call(aten.where.ScalarOther, gone, score, 0.0)
     total = build.call(aten.sum.dim_IntList, weight, [-1], True)
-    share = build.call(aten.div.Tensor, weight, build.call(aten.clamp.default, total, 1e-12))
+    share = build.call(aten.div.Tensor, weight, build.call(aten.clamp.default, total, LEAST))
     return build.call(aten.unsqueeze.default, share, 1)
 
 
 class WithRest:
     """The best tokens, and behind them one that is the weighted sum of the rest."""
 
-    def __init__(self, best: Ranked, weights: Node) -> None:
-        self.best, self.weights, self.count = best, weights, best.count + 1
+    def __init__(self, best: Ranked, weights: Node, size: Node) -> None:
+        self.best, self.weights, self.size, self.count = best, weights, size, best.count + 1
 
     def take(self, build: Builder, operand: Node, dim: int, batch: int | None) -> Node:
         if operand.meta["val"].dim() != 3 or (dim, batch) != (-2, -3):
@@ -67,6 +78,8 @@ class WithRest:
         return build.call(aten.cat.default, [kept, fused], 1)
 
     def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        if name in (SIZE, ATTENDED):
+            return build.call(aten.cat.default, [self.best.carry(build, name, plane), self.size], 1)
         raise CalibrationError(f"evit cannot fuse tokens whose {name} an earlier cut follows: set fuse to false")
 
 
