@@ -2,7 +2,8 @@
 
 The significance of a token is the attention it receives, summed over heads and over the queries that are no padding
 (section 3.2 of the paper). What the attention mask hides is padding and comes last. With `separator`, the id that
-closes a sentence ([SEP], 102 in BERT's vocabulary), those tokens always stay, as the class token does.
+closes a sentence ([SEP], 102 in BERT's vocabulary), those tokens always stay, as the class token does. With
+`proportional` what goes is still counted, with what it is most like (`counted`), where the paper trains instead.
 """
 
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ from torch.fx import Node
 from ...errors import CalibrationError
 from ..attention import Site, probabilities, visible
 from ..builder import Builder, aten
-from ..selection import Reduction, ranked
+from ..counted import counted
+from ..selection import Reduction, rank
 from . import Request
 
 # Below the class token, above every sum of attention.
@@ -23,7 +25,7 @@ PLANE = "separators"
 
 class Importance:
     attention = True
-    defaults: ClassVar[dict[str, Any]] = {"separator": None}
+    defaults: ClassVar[dict[str, Any]] = {"separator": None, "proportional": True}
 
     def reduction(self, build: Builder, site: Site, request: Request) -> Reduction:
         seen = visible(build, site)
@@ -33,7 +35,7 @@ class Importance:
         if request.options["separator"] is not None:
             plane = _separators(build, site, request)
             score = build.call(aten.where.ScalarSelf, plane, SEPARATOR, score)
-        return ranked(build, score, request.keep, request.protected, request.form)
+        return counted(build, site, request, rank(build, score, request.protected), seen)
 
 
 def received(build: Builder, site: Site, seen: Node | None) -> Node:

@@ -5,6 +5,8 @@ the other half (cosine of their keys), stage I ranks by weighted page rank and k
 ranks vary too little or too much have no say (variance-based head filter); the others are joined by their root mean
 square (emphasising informative region).
 
+What goes is still counted, with what it is most like (`counted`); the paper does without.
+
 The variance is that of ranks scaled to a mean of one: with a sum of one it could not exceed 1/N, and the paper's bounds
 would leave no head at all. Where no head survives, all have a say.
 """
@@ -18,8 +20,9 @@ from torch.fx import Node
 from ...errors import CalibrationError
 from ..attention import Site, probabilities, visible
 from ..builder import Builder, aten
+from ..counted import counted
 from ..merging import similarity
-from ..selection import Reduction, rank, ranked
+from ..selection import Reduction, rank
 from . import Request
 
 # Rounds of voting by thirds of the model's depth. The paper votes 30 to 50 times in the first layers, whose ranks
@@ -29,15 +32,22 @@ ROUNDS = (8, 5, 1)
 
 class ZeroTPrune:
     attention = True
-    # similar: tokens that stage S drops; rounds: None for ROUNDS by depth; low, high: the head filter's bounds.
-    defaults: ClassVar[dict[str, Any]] = {"similar": 10, "rounds": None, "low": 0.01, "high": 0.7}
+    # similar: the share of what goes that stage S drops (the paper: 10 tokens per cut); rounds: None for ROUNDS by
+    # depth; low, high: the head filter's bounds.
+    defaults: ClassVar[dict[str, Any]] = {
+        "similar": 0.75,
+        "rounds": None,
+        "low": 0.01,
+        "high": 0.7,
+        "proportional": True,
+    }
 
     def reduction(self, build: Builder, site: Site, request: Request) -> Reduction:
         options = request.options
         rounds = options["rounds"] or ROUNDS[min(int(request.depth * 3), 2)]
-        similar = min(int(options["similar"]), site.tokens - request.keep)
-        if similar < 0 or rounds < 1:
-            raise CalibrationError("zero_tprune needs at least one round of voting and similar of 0 or more")
+        similar = round(float(options["similar"]) * (site.tokens - request.keep))
+        if not 0 <= options["similar"] <= 1 or rounds < 1:
+            raise CalibrationError("zero_tprune needs at least one round of voting, and similar is a share from 0 to 1")
         seen = visible(build, site)
         alive = build.call(aten.to.dtype, seen, torch.float32) if seen is not None else None
         bounds = (float(options["low"]), float(options["high"]))
@@ -49,7 +59,7 @@ class ZeroTPrune:
         score = page_rank(build, site, rounds, request.protected, alive, bounds)
         if alive is not None:
             score = build.call(aten.where.ScalarOther, build.call(aten.gt.Scalar, alive, 0.5), score, -1.0)
-        return ranked(build, score, request.keep, request.protected, request.form)
+        return counted(build, site, request, rank(build, score, request.protected), seen)
 
     def _alike(self, build: Builder, site: Site, score: Node, count: int, protected: int) -> Node:
         """The `count` tokens of the less important half that are most like one of the other half, bool [B, N]."""
