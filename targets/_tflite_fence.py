@@ -42,7 +42,7 @@ def insert_fences(graph: GraphModule, static: bool) -> int:
         elif static and (_rounds_unasked(node) or _moves_constant(node) or graphs.kind(node) in _SLOW):
             # The converter would move the DQ in front of such an operator behind it.
             for value in node.all_input_nodes:
-                if not _is_fixed(value):
+                if not _is_fixed(value) and not _is_whole(value):
                     node.replace_input_with(value, fences.of(value))
     return len(fences.made)
 
@@ -129,6 +129,12 @@ def _moves_constant(node: Node) -> bool:
     inputs = node.all_input_nodes if graphs.kind(node) in ("cat", "stack", "where", "scatter") else []
     fixed = [_is_fixed(i) for i in inputs]
     return any(fixed) and not all(fixed)
+
+
+def _is_whole(node: Node) -> bool:
+    """True for booleans (what a `where` asks) and integers, which nobody quantizes."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _is_fixed(node: Node) -> bool:
