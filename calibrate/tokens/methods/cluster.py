@@ -29,6 +29,8 @@ from . import Request
 
 # The size of a cluster that no token is in: attention leaves it out, and its logarithm is finite in half precision.
 EMPTY = 1e-6
+# The least that is divided by, and no zero in half precision.
+LEAST = 2.0**-14
 
 
 class Cluster:
@@ -84,13 +86,14 @@ def _means(build: Builder, groups: Node, size: Node) -> tuple[Node, Node]:
     """Weights [B, K, N] of the mean over each group by size, and each group's size [B, K, 1]; 0 where one is empty."""
     parts = build.call(aten.mul.Tensor, groups, build.call(aten.unsqueeze.default, size, 1))
     total = build.call(aten.sum.dim_IntList, parts, [-1], True)
-    return build.call(aten.div.Tensor, parts, build.call(aten.clamp.default, total, EMPTY)), total
+    return build.call(aten.div.Tensor, parts, build.call(aten.clamp.default, total, LEAST)), total
 
 
 def _nearness(build: Builder, tokens: Node, centroids: Node) -> Node:
-    """x · c - |c|² / 2 [B, N, K]: highest where |x - c| is lowest."""
-    products = build.call(aten.matmul.default, tokens, build.call(aten.transpose.int, centroids, 1, 2))
-    squares = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, centroids, centroids), [-1])
+    """(x · c - |c|² / 2) / C [B, N, K]: highest where |x - c| is lowest; divided by C, sums fit half precision."""
+    scaled = build.call(aten.mul.Tensor, centroids, 1.0 / int(centroids.meta["val"].shape[-1]))
+    products = build.call(aten.matmul.default, tokens, build.call(aten.transpose.int, scaled, 1, 2))
+    squares = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, centroids, scaled), [-1])
     half = build.call(aten.unsqueeze.default, build.call(aten.mul.Tensor, squares, 0.5), 1)
     return build.call(aten.sub.Tensor, products, half)
 

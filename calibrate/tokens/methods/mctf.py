@@ -29,6 +29,9 @@ from ..sizes import SIZE
 from . import Request
 from .importance import received
 
+# Attention received is one on average; less than this counts as this, which is no zero in half precision.
+LEAST = 2.0**-14
+
 
 class MCTF:
     attention = True
@@ -51,7 +54,7 @@ class MCTF:
             raise CalibrationError("mctf needs temperatures of 0 or more: similarity, information and size")
         first = SIZE not in request.planes
         size = sized(build, site, request)
-        attention = build.call(aten.clamp.default, received(build, site, None), 1e-12)
+        attention = build.call(aten.clamp.default, received(build, site, None), LEAST)
         edges = _edges(build, site, attention, None if first else size, options)
         groups = (
             _both_ways(build, edges, gone, request) if options["both_ways"] else _one_way(build, edges, gone, request)
