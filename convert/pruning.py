@@ -69,14 +69,11 @@ class Pruner:
         self.name = wanted.method
         found = sites(captured.graph)
         self.blocks, self.tokens = len(found), found[0].tokens
-        self.protected = self._protected()
+        self.protected = protect.protected(captured.graph, bool(getattr(self.method, "reconstructs", False)))
         self.options = dict(wanted.options)
         self.notes: list[Entry] = []
         self._look_for_separator(data)
         self._seen: dict[Schedule, Scored] = {}
-
-    def _protected(self) -> int:
-        return protect.protected(self.captured.graph)
 
     def _look_for_separator(self, data: CalibrationSet) -> None:
         if "separator" not in getattr(self.method, "defaults", {}) or "separator" in self.options:

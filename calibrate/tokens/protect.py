@@ -1,5 +1,7 @@
 """Which tokens a model reads by their place, and which inputs its tokens come from."""
 
+import math
+
 from torch.fx import GraphModule, Node
 
 from ..errors import CalibrationError
@@ -10,11 +12,13 @@ from .axis import follow
 MOST = 3
 
 
-def protected(graph: GraphModule) -> int:
+def protected(graph: GraphModule, restored: bool = False) -> int:
     """How many tokens in front the model reads by their place: 0 where it pools, 1 for a class token, 2 for a distilled
     DeiT; 1 at least where tokens are ids of text, whose first is [CLS].
 
-    Raises CalibrationError, with the reason, where the tokens behind the first block cannot be followed at all.
+    Raises CalibrationError, with the reason, where the tokens behind the first block cannot be followed at all. With
+    `restored` all tokens are put back where the model needs them, so that nothing need be followed: then it is what
+    is left of the tokens beside a square of patches, 1 for a class token.
     """
     site = sites(graph)[0]
     problem: CalibrationError | None = None
@@ -26,7 +30,9 @@ def protected(graph: GraphModule) -> int:
         else:
             return max(count, 1 if ids(graph) else 0)
     assert problem is not None
-    raise problem
+    if not restored:
+        raise problem
+    return next((n for n in range(MOST + 1) if math.isqrt(site.tokens - n) ** 2 == site.tokens - n), 0)
 
 
 def ids(graph: GraphModule) -> list[Node]:
