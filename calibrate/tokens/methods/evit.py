@@ -49,7 +49,7 @@ def class_attention(build: Builder, site: Site) -> Node:
     return build.call(aten.mean.dim, row, [1])
 
 
-# Below this sum of attention there is no rest worth a token; half precision would read less as nothing, and divide by it.
+# Attention below this in sum is no rest worth a token; half precision would read less as zero, and divide by it.
 LEAST = 2.0**-14
 
 
