@@ -14,7 +14,7 @@ from calibrate.graph import finish
 
 from .broadcasting import broadcasts_are_plain
 from .folding import constants_are_folded, scalars_are_literal
-from .identities import nothing_is_a_no_op, nothing_is_asserted, reshapes_are_single
+from .identities import masks_hide_something, nothing_is_a_no_op, nothing_is_asserted, reshapes_are_single
 from .layers import linears_are_recognised
 from .naming import layers_are_named
 from .operators import operators_are_high_level
@@ -30,6 +30,7 @@ def normalise(graph: GraphModule) -> GraphModule:
     constants_are_folded(graph)
     broadcasts_are_plain(graph)
     constants_are_folded(graph)
+    masks_hide_something(graph)
     scalars_are_literal(graph)
     patterns_are_recognised(graph)
     linears_are_recognised(graph)

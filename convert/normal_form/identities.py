@@ -3,7 +3,7 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from calibrate.graph import operator_name
+from calibrate.graph import constant, is_constant, operator_name
 
 from .rewriting import argument, aten, bypass, replace, same_shape, value
 
@@ -56,6 +56,29 @@ def reshapes_are_single(graph: GraphModule) -> None:
         inner = node.args[0] if operator_name(node) == "reshape" else None
         if isinstance(inner, Node) and operator_name(inner) == "reshape":
             node.args = (inner.args[0], *node.args[1:])
+    graph.graph.eliminate_dead_code()
+
+
+def masks_hide_something(graph: GraphModule) -> None:
+    """Attention whose mask is a constant that hides nothing, expanded over the batch or not, has none.
+
+    Hugging Face's encoders make such masks; with them runtimes leave their fast kernels.
+    """
+    for node in list(graph.graph.nodes):
+        if operator_name(node) != "scaled_dot_product_attention":
+            continue
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        source = mask
+        while isinstance(source, Node) and operator_name(source) in ("expand", "unsqueeze", "reshape"):
+            source = source.args[0]
+        if not isinstance(source, Node) or not is_constant(source):
+            continue
+        stored = constant(graph, source)
+        if bool(stored.all()) if stored.dtype == torch.bool else not bool(stored.any()):
+            if len(node.args) > 3:
+                node.update_arg(3, None)
+            else:
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
     graph.graph.eliminate_dead_code()
 
 

@@ -314,3 +314,36 @@ def test_an_adaptive_max_pool_with_windows_alike_is_a_max_pool(size: int | tuple
     graph = normalise(unlift(functional(program)))
     assert names(graph)[expected] == 1
     assert_equal(run(graph, [x]), (nn.AdaptiveMaxPool2d(size)(x),), 0.0)
+
+
+class Hidden(nn.Module):
+    """Attention with a mask made for every batch anew; `seen` says what it lets through."""
+
+    def __init__(self, seen: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.seen.expand(x.shape[0], -1, -1, -1)
+        y = x.unsqueeze(1)
+        return F.scaled_dot_product_attention(y, y, y, mask).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "masked"),
+    [
+        (torch.ones(1, 1, 4, 4, dtype=torch.bool), False),
+        (torch.zeros(1, 1, 4, 4), False),
+        (torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), True),
+        (torch.eye(4).view(1, 1, 4, 4), True),
+    ],
+    ids=["all seen", "nothing added", "causal", "biased"],
+)
+def test_a_constant_mask_that_hides_nothing_is_dropped_and_no_other(seen: Tensor, masked: bool) -> None:
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    module = Hidden(seen)
+    graph = normalise(unlift(exported(module, x)))
+    (attention,) = [n for n in graph.graph.nodes if operator_name(n) == "scaled_dot_product_attention"]
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    assert (mask is not None) == masked
+    torch.testing.assert_close(run(graph, [x])[0], module(x), rtol=0, atol=1e-6)  # another kernel may round otherwise
