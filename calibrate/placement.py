@@ -145,7 +145,7 @@ class _Placer:
         """Tensors that somebody reads as codes, through moves of codes too."""
         demanded: set[Node] = set()
         for node in reversed(self.nodes):
-            for user in node.users:
+            for user in node.users if kind(node) != "shape" else ():
                 through = (self._moves(user) or (kind(user) == "getitem" and self._moves(node))) and user in demanded
                 if node in self.wants.get(user, ()) or through:
                     demanded.add(node)

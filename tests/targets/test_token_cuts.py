@@ -70,7 +70,10 @@ def operators(target: str, path: Path) -> list[tuple[str, str]]:
     if target == "onnx":
         import onnx
 
-        return [(n.op_type, n.name) for n in onnx.load(path).graph.node]
+        graph = onnx.load(path).graph
+        places = {i.name for i in graph.initializer if not i.dims}  # a Gather of one fixed place is a slice
+        fixed = [n.op_type == "Gather" and n.input[1] in places for n in graph.node]
+        return [("Slice" if one else n.op_type, n.name) for n, one in zip(graph.node, fixed, strict=True)]
     if target == "tflite":
         from targets._tflite_file import TFLiteFile
 

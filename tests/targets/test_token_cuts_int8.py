@@ -134,7 +134,7 @@ def test_int8_keeps_what_float_scores_of_its_own_attention_rank_first(plan: str)
     probabilities, tokens, kept = (recorder.seen[n] for n in names)
     score = probabilities[:, :, 0].mean(1)
     score[:, 0] = 2.0
-    order = score.sort(1, descending=True, stable=True).indices
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
     for best, same in ((order[:, :4], True), (order[:, 1:5], False)):
         wanted = tokens.gather(1, best[:, :, None].expand(-1, -1, tokens.shape[2]))
         assert torch.equal(kept, wanted) is same
