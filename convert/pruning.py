@@ -69,7 +69,8 @@ class Pruner:
         self.name = wanted.method
         found = sites(captured.graph)
         self.blocks, self.tokens = len(found), found[0].tokens
-        self.protected = protect.protected(captured.graph, bool(getattr(self.method, "reconstructs", False)))
+        self.restores = bool(getattr(self.method, "reconstructs", False))
+        self.protected = protect.protected(captured.graph, self.restores)
         self.options = dict(wanted.options)
         self.notes: list[Entry] = []
         self._look_for_separator(data)

@@ -26,9 +26,9 @@ def refuse_contradictions(options: "Options") -> None:
     for name, value in budgets.items():
         pruned = name == "--budget-ms" and chosen.tokens
         if value is not None and not (automatic or chosen.search or pruned):
+            pruning = ", or with one that prunes, such as prune-evit" if name == "--budget-ms" else ""
             raise TightfitError(
-                f"{name} lets layers get formats of their own, or a recipe that prunes remove tokens until it holds: "
-                "use it with --recipe mixed or auto" + (", or prune-..." if name == "--budget-ms" else "") + "."
+                f"{name} lets layers get formats of their own: use it with --recipe mixed or auto{pruning}."
             )
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise TightfitError(f"{name} {value:g} is no budget: give a number above 0.")

@@ -112,8 +112,11 @@ def costs_of(run: Run, decision: Decision, pruner: Pruner) -> Costs:
             f"work was counted, as {whole.executor} shows numerics and its time says nothing about the device",
             measured=False,
         )
-    even = replace(decision.tokens, method="even", options={}) if decision.tokens else recipes.Tokens("even")
-    pattern = Pruner(run.captured, run.builder.judge, even, run.samples.calibration, run.options.seed)
+    # A fixed pattern costs nothing to choose; where tokens are put back, only the method itself can be cut with.
+    pattern = pruner
+    if not pruner.restores:
+        even = recipes.Tokens("even")
+        pattern = Pruner(run.captured, run.builder.judge, even, run.samples.calibration, run.options.seed)
     form = decision.rules.token_form
 
     def cut(by: Pruner, keep: int) -> GraphModule:
