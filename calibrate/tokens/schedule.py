@@ -6,6 +6,7 @@ equal work, since every selection costs operators of its own.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Sets of cuts that are tried, as shares of a model's depth.
 PLACES = (
@@ -60,7 +61,8 @@ def geometric(
     """Cuts behind the blocks `places`, each keeping the same fraction of the unprotected tokens, to a mean `share`.
 
     With `halves` a cut removes at most half of the unprotected tokens, as a bipartite merge can. None where the share
-    cannot be reached: it would leave no unprotected token behind the last cut, or the cuts come too late.
+    cannot be reached: it would leave no unprotected token behind the last cut, the cuts come too late, or one of them
+    would remove nothing.
     """
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
@@ -71,7 +73,9 @@ def geometric(
         (_kept(blocks, tokens, places, f, protected, halves) for f in (low, high)), key=lambda s: abs(s.share - share)
     )
     near = abs(found.share - share) * blocks * tokens <= max(1.0, len(places) * blocks / 2)
-    return found if near and found.leaving[-1] > protected + 1 else None
+    counts = (tokens, *(keep for _, keep in found.cuts))
+    falling = all(before > after for before, after in pairwise(counts))
+    return found if near and falling and counts[-1] > protected + 1 else None
 
 
 def _kept(blocks: int, tokens: int, places: tuple[int, ...], fraction: float, protected: int, halves: bool) -> Schedule:
