@@ -14,9 +14,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # its help imports Markdown and more, half of the time that --help takes
     help="Fit a trained model onto a small device, and prove what came out.\n\n"
-    "Start with [bold]tightfit demo[/bold], then [bold]tightfit convert --help[/bold].",
+    "Start with `tightfit demo`, then `tightfit convert --help`.",
     epilog="Exit codes: 0 good, 1 a gate failed, 2 bad input or usage, 3 something is not installed.",
 )
 
@@ -152,7 +152,7 @@ def check(
     threads: Threads = 1,
     json: Json = False,
 ) -> None:
-    """Run the artifacts in OUT again and hold them to their record, a budget and a baseline."""
+    """Run the artifacts in OUT again; hold them to budget and baseline."""
     from convert.check import check as run
     from convert.console import show_gates, working
 
@@ -175,7 +175,7 @@ def bench(
     threads: Threads = 1,
     json: Json = False,
 ) -> None:
-    """Latency of an artifact on this machine, in turns with its float twin."""
+    """Latency of an artifact here, in turns with its float twin."""
     from convert.bench import bench as run
     from convert.console import show_bench, working
 
@@ -201,7 +201,7 @@ def inspect(
     python: Python = None,
     json: Json = False,
 ) -> None:
-    """Operators, parameters, MACs; what will quantize and what the device will not run, before any work."""
+    """What a model is made of, and what will quantize on a device."""
     from convert.capture import parse_input
     from convert.console import show_inspection, working
     from convert.inspection import inspect_model
@@ -225,7 +225,7 @@ def inspect(
 
 @app.command(epilog="Example: tightfit devices raspberry-pi-5")
 def devices(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, json: Json = False) -> None:
-    """The devices there are; one of them in full, every fact with its source."""
+    """The devices there are; or one in full, each fact sourced."""
     from convert.listings import show_device, show_devices
 
     show_device(name, json) if name else show_devices(json)
@@ -241,7 +241,7 @@ def steps(json: Json = False) -> None:
 
 @app.command(epilog="Example: tightfit targets")
 def targets(json: Json = False) -> None:
-    """The formats a model can be lowered to, and whether their packages are installed."""
+    """The formats to lower to, and whether their packages are there."""
     from convert.listings import show_targets
 
     show_targets(json)
@@ -249,7 +249,7 @@ def targets(json: Json = False) -> None:
 
 @app.command(epilog="Example: tightfit doctor")
 def doctor(json: Json = False) -> None:
-    """What is installed, what is missing, and the command that brings it."""
+    """What is installed, what is missing, and how to get it."""
     from convert.listings import show_doctor
 
     if not show_doctor(json):
@@ -265,7 +265,7 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Replace FOLDER if it is an earlier demo.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert two small models that come with Tightfit for three devices, and write a report to look at."""
+    """Convert two small models for three devices: a report to look at."""
     from convert.console import show_demo, working
     from convert.demo import demo as run
 
