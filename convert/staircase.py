@@ -16,8 +16,8 @@ import targets
 from calibrate.tokens.schedule import Schedule
 from convert.latency import measure
 
-# Shares of tokens whose time is measured; between them times are interpolated.
-STAIRS = (1.0, 0.75, 0.5, 0.25)
+# Shares of tokens whose time is measured, beside half of them; between them times are interpolated.
+STAIRS = (1.0, 0.75, 0.25)
 ATTENTION, MLP = 1 / 3, 2 / 3
 SECONDS = 0.8
 
@@ -65,8 +65,8 @@ def measured(
 ) -> Staircase:
     """Lower and time the stairs. `fixed(n)` and `by_method(n)` are the model cut to n tokens behind its first block."""
     folder.mkdir(parents=True, exist_ok=True)
-    counts = sorted({max(protected + 2, round(share * tokens)) for share in STAIRS})
-    middle = counts[len(counts) // 2 - 1]
+    middle = tokens - (tokens - protected) // 2  # as many as the methods that merge pairs can take away at once
+    counts = sorted({middle, *(max(protected + 2, round(share * tokens)) for share in STAIRS)})
     whole = call(lower(fixed(tokens), folder / f"all{suffix}"))
     times: dict[int, float] = {}
     full: list[float] = []

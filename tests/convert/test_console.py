@@ -106,7 +106,9 @@ def test_recipes_and_steps_carry_their_summaries(capsys: pytest.CaptureFixture[s
     listings.show_steps(json=True)
     shown = json.loads(capsys.readouterr().out)
     wanted = {"int8", "int8-dynamic", "int8-weights", "float16", "float32"}
-    assert set(shown["recipes"]) == wanted | {"w4a8", "w4", "w2", "w8a16", "fp8", "mixed", "palette4"}
+    wanted |= {"w4a8", "w4", "w2", "w8a16", "fp8", "mixed", "palette4"}
+    wanted |= {"prune-zero-tprune", "prune-evit", "prune-text", "merge-tome", "merge-mctf", "cluster-tokens"}
+    assert set(shown["recipes"]) == wanted
     assert all(shown["steps"].values())
     assert all(recipe["summary"] for recipe in shown["recipes"].values())
 
