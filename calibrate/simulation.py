@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from . import kernels16, qdq
-from .graph import MOVEMENT, constant, kind, operator_name
+from .graph import MOVEMENT, chooses_tokens, constant, kind, operator_name
 
 # Below this, every partial sum of a dot product of codes is an integer that float32 holds exactly.
 EXACT = 2.0**24
@@ -64,8 +64,9 @@ class Simulation(Interpreter):
     is rounded to float16 (saturated at ±65504) after the node that makes it: runtimes that compute in halves dequantize
     to halves, and store halves that they summed in single precision.
 
-    `jitter` moves every value that is about to be quantized by up to this share of itself, at random with a fixed seed:
-    what comes out then shows how far rounding in another order can carry the output.
+    `jitter` moves every value that is about to be quantized, or that tokens are chosen by, by up to this share of
+    itself, at random with a fixed seed: what comes out then shows how far rounding in another order can carry the
+    output.
     """
 
     def __init__(
@@ -150,9 +151,10 @@ class Simulation(Interpreter):
             if self._sixteen(self._outputs[n]):
                 write = _mean_codes16 if _is_mean(n) else _add_codes16
             self._codes[n] = write(n, args, self._outputs[n])
+        if self._jitter and chooses_tokens(n):
+            args = tuple(self._moved(a, v) for a, v in zip(n.args, args, strict=True))
         if self._jitter and n.target in ROUNDS:
-            noise = torch.rand(args[0].shape, generator=self._random) * 2 - 1
-            args = (args[0] * (1 + self._jitter * noise), *args[1:])
+            args = (self._jittered(args[0]), *args[1:])
             if n not in self._dynamic:
                 return n.target(*args, **kwargs)
         if self._adder == "fixed_point" and n.target is qdq.DEQUANTIZE_GROUP:
@@ -163,7 +165,20 @@ class Simulation(Interpreter):
             if self._adder == "fixed_point" and args[2].dim() == 2:
                 args = (*args[:2], group_scales(args[2], args[1].shape[1] // args[2].shape[1]), *args[3:])
             return _dynamic_linear(self._dynamic[n], *args)
+        if self._jitter and chooses_tokens(n):
+            return n.target(*args, **kwargs)
         return super().run_node(n)
+
+    def _moved(self, source: object, value: Any) -> Any:
+        """What a token cut reads from outside it, with jitter."""
+        from_outside = isinstance(source, Node) and source.op == "call_function" and not chooses_tokens(source)
+        return self._jittered(value) if from_outside and isinstance(value, Tensor) else value
+
+    def _jittered(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        noise = torch.rand(value.shape, generator=self._random) * 2 - 1
+        return value * (1 + self._jitter * noise)
 
     def _sixteen(self, output: _Output) -> bool:
         return self._adder == "fixed_point" and kernels16.fits(output.dtype)

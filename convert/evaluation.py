@@ -32,8 +32,8 @@ JITTER, HALF_JITTER = 2.0**-14, 2.0**-10
 class Judged:
     """What the held-out samples showed. `stages` in order, the artifact last; `match` is artifact against simulation.
 
-    `unsteady` is the simulation against itself with jitter, where codes are made from float arithmetic, or against
-    itself in single precision, where it computes in half.
+    `unsteady` is the simulation against itself with jitter, where codes are made from float arithmetic or tokens chosen
+    by it, or against itself in single precision, where it computes in half.
     """
 
     stages: dict[str, Drift]
@@ -138,7 +138,8 @@ def judge(
         simulated = "float16 arithmetic"
         runners[simulated] = graph_runner(captured, last_graph, "float16", artifact_batch)
     jitter = None
-    if _quantizes_activations(last_graph) and Simulation(last_graph, compute).rounds_freely:
+    moves = _quantizes_activations(last_graph) and Simulation(last_graph, compute).rounds_freely
+    if moves or compressed.tokens is not None:
         amount = HALF_JITTER if compute == "float16" else JITTER
         jitter = graph_runner(captured, last_graph, compute, artifact_batch, adder, amount)
     runners["artifact"] = session_runner(session, artifact_batch)

@@ -88,7 +88,7 @@ def _why_not_exact(made: Compressed, codes: bool, moved: float, within: bool) ->
     if moved:
         unit += (
             f", or what the simulation's own outputs move by ({moved:.3g}, measured) under float rounding: of values "
-            "about to be quantized, or of everything in half precision; whichever is more"
+            "about to be quantized or that tokens are chosen by, or of everything in half precision; whichever is more"
         )
     unit += "."
     if made.decision.compute == "float16":
@@ -100,6 +100,8 @@ def _why_not_exact(made: Compressed, codes: bool, moved: float, within: bool) ->
         )
     else:
         cause = "The runtime adds float32 numbers in another order."
+    if made.tokens is not None:
+        cause += " Where two tokens score nearly alike, it may keep the other one."
     return f"{cause} {unit}" + ("" if within else " THE DIFFERENCE IS LARGER THAN ONE STEP: look at the layers.")
 
 
