@@ -2,9 +2,24 @@
 
 import pytest
 import torch
-from encoders import TOKENS
-from token_models import PAIRED, ROUNDING, attention_of, cut, feeds, graph_of, is_close, twins, values
+from encoders import TOKENS, WIDTH, tokens
+from small_graphs import Made
+from token_models import (
+    PAIRED,
+    ROUNDING,
+    Layer,
+    attention_of,
+    captured,
+    cut,
+    feeds,
+    graph_of,
+    is_close,
+    text,
+    twins,
+    values,
+)
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from calibrate.errors import CalibrationError
 from calibrate.graph import clone, operator_name, run
@@ -91,5 +106,26 @@ def test_what_cannot_be_merged_is_refused() -> None:
     for name in ("masked: bool row", "masked: added by hand", "biased: by hand"):
         with pytest.raises(CalibrationError, match="a merged token has no place"):
             cut(graph_of(name), 4, method="tome")
+
+
+def deep() -> GraphModule:
+    """Three blocks and a class token."""
+    torch.manual_seed(6)
+    blocks = {name: Layer() for name in ("one", "two", "three")}
+
+    def call(self: nn.Module, x: Tensor) -> Tensor:
+        return self.head(self.three(self.two(self.one(self.embed(x))))[:, 0])
+
+    return captured(Made(call, embed=nn.Linear(8, WIDTH), head=nn.Linear(WIDTH, 5), **blocks), tokens())
+
+
+def test_merged_tokens_can_be_fused_later_and_are_counted_on() -> None:
+    graph = deep()
+    reduce(graph, [Cut(0, 5, "tome"), Cut(1, 4, "evit")])
+    one, two = values(graph, feeds(NAME), *[n.args[0] for n in graph.graph.nodes if operator_name(n) == "log"])
+    for sizes, count in ((one, 5), (two, 4)):
+        assert sizes.shape == (5, count)
+        assert torch.equal(sizes.sum(1), torch.full((5,), float(TOKENS)))
+    # what an earlier cut follows besides sizes cannot be fused
     with pytest.raises(CalibrationError, match="set fuse to false"):
-        reduce(graph_of(NAME), [Cut(0, 5, "tome"), Cut(1, 4, "evit")])
+        reduce(clone(text()), [Cut(0, 5, "importance", {"separator": 9}), Cut(1, 4, "evit")])

@@ -1,17 +1,16 @@
 """Each method keeps the tokens that its paper says, computed here a second time from the model's queries and keys."""
 
 import math
-from functools import cache
 
 import pytest
 import torch
 from encoders import HEADS, TOKENS, WIDTH
-from token_models import MASKS, ROUNDING, Layer, attention_of, captured, cut, feeds, graph_of, is_close, values
+from token_models import IDS, KEEP, MASKS, ROUNDING, attention_of, cut, feeds, graph_of, is_close, text, values
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from calibrate.errors import CalibrationError
-from calibrate.graph import clone, run
+from calibrate.graph import clone, operator_name, run
 from calibrate.tokens.attention import sites
 from calibrate.tokens.insert import Cut, Done, reduce
 from calibrate.tokens.methods import even, names
@@ -59,6 +58,27 @@ def test_evit_fuses_the_rest_by_its_attention(form: str) -> None:
     assert not is_close(kept[:, 3], rows.mean(1))
 
 
+@pytest.mark.parametrize("name", [IMAGE, "encoder: by hand"])
+def test_evit_counts_the_fused_token_as_often_as_it_stands_for(name: str) -> None:
+    """Attention behind the cut is softmax(q kᵀ + log s) v, computed here a second time (arXiv 2210.09461)."""
+    inputs, made = feeds(name), []
+    for proportional in (True, False):
+        graph = graph_of(name)
+        reduce(graph, [Cut(0, 4, "evit", {"proportional": proportional})])
+        site = sites(graph)[1]
+        attended = site.node if site.probabilities is None else next(iter(site.probabilities.users))
+        query, key, value, out = values(graph, inputs, site.query, site.key, site.value, attended)
+        scores = query @ key.transpose(-1, -2) / (3.0 if "by hand" in name else math.sqrt(query.shape[-1]))
+        sizes = torch.tensor([1.0, 1.0, 1.0, 3.0])  # of six tokens three stay as they are, three are one
+        made.append(is_close(out, (scores + sizes.log()).softmax(-1) @ value))
+        assert is_close(out, scores.softmax(-1) @ value) != proportional
+        logs = [n.args[0] for n in graph.graph.nodes if operator_name(n) == "log"]
+        assert len(logs) == proportional
+        if proportional:
+            assert torch.equal(values(graph, inputs, *logs)[0], sizes.expand(5, -1))
+    assert made == [True, False]
+
+
 def test_evit_refuses_what_has_no_class_token_or_no_room_for_the_rest() -> None:
     with pytest.raises(CalibrationError, match="this model has none"):
         cut(graph_of(POST), 4, method="evit", protected=0)
@@ -92,29 +112,6 @@ def test_padding_is_the_first_to_go(mask: str, method: str) -> None:
         answers.append(run(graph, inputs)[0])
     assert is_close(answers[0], before)
     assert not is_close(answers[1], before)
-
-
-class Text(nn.Module):
-    """ids and padding [B, 6] -> [B, 5]; every second layer of attention is written by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.table, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 5)
-        self.one, self.two = Layer(), Layer(by_hand=True)
-
-    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
-        extra = (1.0 - keep[:, None, None, :].float()) * -10000.0
-        return self.head(self.two(self.one(self.table(ids), extra), extra)[:, 0])
-
-
-IDS = torch.tensor([[1, 5, 9, 7, 8, 9], [1, 9, 4, 6, 9, 0]])
-KEEP = (IDS > 0).long()
-
-
-@cache
-def text() -> GraphModule:
-    return captured(Text(), IDS, KEEP)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -174,7 +171,9 @@ def test_zero_tprune_ranks_by_votes(bounds: tuple[float, float], form: str) -> N
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_zero_tprune_drops_what_is_alike_first(form: str) -> None:
+@pytest.mark.parametrize(("keep", "share", "alike"), [(4, 0.5, 1), (4, None, 2), (5, None, 1), (5, 0.4, 0)])
+def test_zero_tprune_drops_what_is_alike_first(keep: int, share: float | None, alike: int, form: str) -> None:
+    """`similar` is the share of what goes, three quarters where nothing is said, rounded to whole tokens."""
     table, key, residual = attention_of(IMAGE, feeds(IMAGE))
     order = page_rank(table, 1, torch.ones(5, TOKENS), 0.01, 0.7)[:, 1:].argsort(1, descending=True) + 1
     unit = nn.functional.normalize(key.mean(1), dim=-1)
@@ -182,12 +181,13 @@ def test_zero_tprune_drops_what_is_alike_first(form: str) -> None:
     for i in range(5):
         upper, lower = order[i, :3], order[i, 3:]
         likeness = (unit[i, lower] @ unit[i, upper].T).amax(1)
-        alive[i, lower[likeness.argmax()]] = 0
+        alive[i, lower[likeness.argsort(descending=True)[:alike]]] = 0
     score = torch.where(alive > 0, page_rank(table, 8, alive, 0.01, 0.7), -1.0)
-    kept = kept_by(IMAGE, "zero_tprune", 4, form, similar=0.5)
-    assert is_close(kept, best(score, residual, 4))
-    plain = best(page_rank(table, 8, torch.ones(5, TOKENS), 0.01, 0.7), residual, 4)
-    assert not is_close(kept, plain)
+    options = {} if share is None else {"similar": share}
+    kept = kept_by(IMAGE, "zero_tprune", keep, form, **options)
+    assert is_close(kept, best(score, residual, keep))
+    plain = best(page_rank(table, 8, torch.ones(5, TOKENS), 0.01, 0.7), residual, keep)
+    assert is_close(kept, plain) == (alike == 0)
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from encoders import WIDTH, tokens
-from test_methods import IDS, KEEP, Text
-from token_models import Layer, captured, graph_of
+from token_models import IDS, KEEP, Layer, Text, captured, graph_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
 

@@ -30,7 +30,7 @@ def test_every_candidate_keeps_its_promises(
         assert off(schedule, share) <= max(1 / blocks, len(PLACES[2]) / 2) + 1e-9
         at = [block for block, _ in schedule.cuts]
         assert at == sorted(set(at))
-        assert 0 <= at[0]
+        assert at[0] >= 0
         assert at[-1] < blocks
         counts = [tokens, *(keep for _, keep in schedule.cuts)]
         assert all(before > after for before, after in pairwise(counts)), "a cut removes something"

@@ -146,6 +146,29 @@ def twins(by_hand: bool, **options: bool) -> GraphModule:
     return captured(Made(call, **layers), tokens())
 
 
+class Text(nn.Module):
+    """ids and padding [B, 6] -> [B, 5]; every second layer of attention is written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.table, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 5)
+        self.one, self.two = Layer(), Layer(by_hand=True)
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        extra = (1.0 - keep[:, None, None, :].float()) * -10000.0
+        return self.head(self.two(self.one(self.table(ids), extra), extra)[:, 0])
+
+
+IDS = torch.tensor([[1, 5, 9, 7, 8, 9], [1, 9, 4, 6, 9, 0]])
+KEEP = (IDS > 0).long()
+
+
+@cache
+def text() -> GraphModule:
+    return captured(Text(), IDS, KEEP)
+
+
 # The second and third token are alike, and so are the fourth and fifth.
 PAIRED = (tokens(5, seed=9)[:, [0, 1, 1, 3, 3, 5]],)
 
