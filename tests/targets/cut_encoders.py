@@ -64,7 +64,7 @@ CASES = {
     "evit": Case("mask", "evit", options={"fuse": False}),
     "evit_fused": Case("", "evit"),
     "importance": Case("mask", "importance"),
-    "zero_tprune": Case("", "zero_tprune", (4, 3), {"similar": 1, "rounds": 2}),
+    "zero_tprune": Case("", "zero_tprune", (4, 3), {"similar": 1, "rounds": 1}),
     "tome": Case("", "tome"),
     "everything": Case("table", "even", (TOKENS, TOKENS)),
 }
