@@ -97,6 +97,12 @@ class Drift:
         return max(o.max_abs for o in self.outputs.values())
 
     @property
+    def rms(self) -> float:
+        """The root mean square of the difference over all values of all outputs."""
+        values = sum(o.values for o in self.outputs.values())
+        return math.sqrt(sum(o.noise for o in self.outputs.values()) / values) if values else 0.0
+
+    @property
     def share_equal(self) -> float:
         values = sum(o.values for o in self.outputs.values())
         return sum(o.equal for o in self.outputs.values()) / values if values else 0.0

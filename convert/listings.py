@@ -118,7 +118,8 @@ def show_steps(json: bool) -> None:
     auto = "one of these, picked by the device's profile and the kind of network; see tightfit devices NAME"
     table.add_row("[bold]auto[/bold]", auto)
     for name, recipe in recipes.items():
-        made_of = f"[dim]{' → '.join(recipe['steps'])}[/dim]"
+        tokens = [f"tokens by {recipe['tokens']['method']}"] if "tokens" in recipe else []
+        made_of = f"[dim]{' → '.join([*tokens, *recipe['steps']])}[/dim]"
         table.add_row(f"[bold]{name}[/bold]", f"{escape(recipe['summary'])}\n{made_of}")
     out.print(Padding(table, (0, 0, 1, 2)))
     out.print("[bold]Steps[/bold]")

@@ -61,13 +61,26 @@ def test_plans_slower_than_float_are_replaced_and_the_report_says_by_what_measur
 
 
 @pytest.mark.skipif(not X86, reason="times here speak for x86 devices on x86 alone")
-@pytest.mark.parametrize("first", [timed(1.4), timed(0.5, stable=False)], ids=["faster", "unstable"])
+@pytest.mark.parametrize(
+    "times",
+    [[timed(1.4)], [timed(0.5, stable=False), timed(1.2)], [timed(1.2, stable=False), timed(0.5, stable=False)]],
+    ids=["faster", "a disturbance", "two that disagree"],
+)
 def test_a_plan_that_is_faster_or_of_which_nothing_is_known_stays(
-    first: Latency, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    times: list[Latency], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (result,) = converted(tmp_path, monkeypatch, [first]).results
+    (result,) = converted(tmp_path, monkeypatch, times).results
     assert result.recipe == "auto: int8"
     assert "was measured" not in result.recipe_reason
+
+
+@pytest.mark.skipif(not X86, reason="times here speak for x86 devices on x86 alone")
+def test_of_two_unstable_times_both_have_to_say_that_a_plan_is_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shaky = [timed(0.5, stable=False), timed(0.6, stable=False)]
+    (result,) = converted(tmp_path, monkeypatch, [*shaky, timed(1.3)]).results
+    assert "int8 was measured at 0.60x" in result.recipe_reason
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8-weights"])
