@@ -1,5 +1,6 @@
 """Fewer tokens: what a recipe that prunes does to a captured transformer before any step runs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -115,12 +116,18 @@ class Pruner:
             drift.add(wanted, self.judge.named(got))
         assert drift is not None
         share = drift.top1_agreement if drift.top1_agreement is not None else drift.cosine
-        return 100 * (1 - share)
+        return 100 * (1 - share) if math.isfinite(share) else 100.0
 
     def schedules(self, share: float) -> list[Schedule]:
         """What is tried for a share of tokens. Raises TightfitError for a share that leaves too few."""
         found = candidates(self.blocks, self.tokens, share, self.protected, self.halves)
         if not found:
+            most = next((s for s in SHARES if self._any(s)), None)
+            if most is not None and most < share:
+                raise TightfitError(
+                    f"keeping a share of {share:g} of {self.tokens} tokens over {self.blocks} blocks removes none: the "
+                    f"most that removes any is about {most:g}."
+                )
             least = next((s for s in reversed(SHARES) if self._any(s)), None)
             hint = f"the least that works here is about {least:g}" if least else "this model has too few tokens"
             raise TightfitError(
@@ -151,7 +158,10 @@ class Pruner:
 
 
 def separator(captured: Captured, data: CalibrationSet) -> int | None:
-    """The id that every calibration sample's text ends with, before its padding; None where there is none."""
+    """The id that every calibration sample's text ends with, before its padding; None where there is none.
+
+    One that stands there twice is padding that no mask hides.
+    """
     names = [n.name for n in captured.graph.graph.nodes if n.op == "placeholder"]
     looked_up = protect.ids(captured.graph)
     if not looked_up:
@@ -166,7 +176,8 @@ def separator(captured: Captured, data: CalibrationSet) -> int | None:
         rows = batch[ids.name]
         seen = batch[masks[0].name] != 0 if masks else np.ones(rows.shape, bool)
         for row, visible in zip(rows, seen, strict=True):
-            last.add(int(row[visible][-1]) if visible.any() else -1)
+            end = row[visible][-2:]
+            last.add(int(end[-1]) if len(end) and len(set(end.tolist())) == len(end) else -1)
         if len(last) > 1:
             return None
     found = last.pop() if last else -1

@@ -80,13 +80,14 @@ def within(
     for count, schedule in enumerate(fitting.values()):
         progress("token schedules", count, len(fitting))
         tried.append(pruner.score(schedule))
-    best = max(tried, key=lambda t: t.db)
-    if most_drop is not None and best.drop > most_drop:
+    fine = [t for t in tried if most_drop is None or t.drop <= most_drop]
+    if not fine:
+        least = min(t.drop for t in tried)
         raise TightfitError(
-            f"within the budget of time {pruner.name} changes {best.drop:.3g} % of the answers on the judging samples, "
+            f"within the budget of time {pruner.name} changes {least:.3g} % of the answers on the judging samples, "
             f"more than --max-drop {most_drop:g}. Give more of either."
         )
-    return best, tried
+    return max(fine, key=lambda t: t.db), tried
 
 
 def _at(pruner: Pruner, share: float, wanted: list[tuple[int, ...]] | None) -> list[Schedule]:

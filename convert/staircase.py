@@ -45,8 +45,9 @@ class Staircase:
     def said(self) -> str:
         """The stairs in words."""
         steps = ", ".join(f"{s:.3g} ms with {n}" for n, s in zip(self.tokens, self.saved, strict=True) if s)
+        saves = f"{steps} tokens of {self.tokens[-1]}" if steps else "no time with fewer tokens"
         return (
-            f"measured here, a block saves {steps} tokens of {self.tokens[-1]}, and choosing tokens once costs "
+            f"measured here, a block saves {saves}, and choosing tokens once costs "
             f"{self.selection:.3g} ms; the whole model takes {self.full:.3g} ms"
         )
 

@@ -84,9 +84,12 @@ def meets_budget(run: Run, decision: Decision) -> bool:
 
 def costs_of(run: Run, decision: Decision, pruner: Pruner) -> Costs:
     """What a schedule costs on this machine in the target's runtime, float; counted where no time can be measured."""
-    target = targets.find(decision.rules.target)
+    rules = decision.rules
+    target = targets.find(rules.target)
     sample = next(iter(run.samples.evaluation.batches(run.batch)))
-    folder = run.twins.parent / "stairs" / decision.rules.target
+    # What is lowered there once serves every device of this command whose rules agree.
+    key = f"{rules.target}-{rules.opset}-{rules.deployment_target}-{rules.runtime}-{rules.token_form}"
+    folder = run.twins.parent / "stairs" / key
     artifact_inputs = tuple(
         InputSpec(i.name, (run.batch, *i.sample_shape), i.dtype, False) for i in run.captured.inputs
     )

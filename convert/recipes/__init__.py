@@ -194,7 +194,9 @@ def _tokens(path: Path, table: Any) -> Tokens:
         raise TightfitError(f"the recipe file {path} has tokens.keep = {keep!r}; it takes a share between 0 and 1")
     known = getattr(methods.find(method), "defaults", {})
     options = table.get("options", {})
-    for key in options if isinstance(options, dict) else ():
+    if not isinstance(options, dict):
+        raise TightfitError(f"the recipe file {path} has tokens.options = {options!r}; it takes a table")
+    for key in options:
         if key not in known:
             there = ", ".join(sorted(known)) or "none"
             raise TightfitError(f"the token method {method} has no option '{key}' (recipe file {path}); it has {there}")
