@@ -13,25 +13,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from ptq import cpu_ratios, device, prepare
+from torch.fx import GraphModule
 
 import targets
-from calibrate.samples import InputSpec
+from calibrate.samples import CalibrationSet, InputSpec
 from calibrate.tokens.schedule import Schedule, geometric
 from convert import recipes, schedules
 from convert.capture import Captured, capture
 from convert.compress import Builder, Judge
-from convert.costs import costs
 from convert.data import open_data
 from convert.drift import Drift, classifies
 from convert.evaluation import evaluation_batches, float_runner, session_runner
 from convert.host import cpu_name, system, versions
 from convert.planning import decide
 from convert.pruning import Pruner
-from device_profiles import load
+from device_profiles import DeviceProfile, load
 
 HERE = Path(__file__).resolve().parent
 SHARES = (0.85, 0.7, 0.55)
@@ -75,14 +76,14 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.rules = load(device_name()).rules(self.target)
-        self.twin = self.lowered(self.captured.graph, "float")
+        self.twin = self.lowered(lambda: self.captured.graph, "float")
 
-    def lowered(self, graph: object, name: str) -> targets.Session:
+    def lowered(self, make: Callable[[], GraphModule], name: str) -> targets.Session:
         target = targets.find(self.target)
         path = self.folder / f"{self.captured.name}-{name}{target.suffix}".replace(" ", "-")
         inputs = tuple(InputSpec(i.name, (1, *i.sample_shape), i.dtype, False) for i in self.captured.inputs)
         if not path.exists():
-            job = targets.Job(self.captured.name, graph, inputs, self.captured.outputs, self.rules, "float32")  # type: ignore[arg-type]
+            job = targets.Job(self.captured.name, make(), inputs, self.captured.outputs, self.rules, "float32")
             target.lower(job, path)
         return target.open(path)
 
@@ -117,7 +118,7 @@ def main() -> None:
     options.out.write_text(page(rows, options))
 
 
-def opened(model: str, folder: Path, options: argparse.Namespace) -> tuple[Captured, object, object]:
+def opened(model: str, folder: Path, options: argparse.Namespace) -> tuple[Captured, CalibrationSet, CalibrationSet]:
     """The model captured, its calibration and its evaluation samples."""
     calibration, evaluation = prepare(model.replace("_small", ""), folder, options)
     with np.load(calibration) as arrays:
@@ -151,32 +152,32 @@ def constant(pruner: Pruner, gone: int) -> Schedule | None:
 def pareto(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Every method and share on the zoo's ViT, in each runtime."""
     captured, data, held = opened("vit", folder, options)
-    judge = Judge(captured, data)  # type: ignore[arg-type]
+    judge = Judge(captured, data)
     for target in options.targets:
         bench = Bench(captured, target, folder)
         made: list[tuple[str, float, Schedule, targets.Session]] = []
         for label, (method, chosen) in METHODS.items():
-            pruner = Pruner(captured, judge, recipes.Tokens(method, 0.7, chosen), data)  # type: ignore[arg-type]
+            pruner = Pruner(captured, judge, recipes.Tokens(method, 0.7, chosen), data)
             for share in SHARES:
                 if "published" in label:
                     schedule = as_published(label, pruner, share)
                 else:
                     schedule = schedules.choose(pruner, share, lambda *_: None)[0].schedule
                 if schedule is not None:
-                    graph = pruner.graph(schedule, bench.rules.token_form)
+                    graph = partial(pruner.graph, schedule, bench.rules.token_form)
                     made.append((label, share, schedule, bench.lowered(graph, f"{label}-{share}")))
         yield from _judged(f"ViT, {target}", bench, made, held)
 
 
 def _judged(
-    case: str, bench: Bench, made: list[tuple[str, float, Schedule, targets.Session]], held: object
+    case: str, bench: Bench, made: list[tuple[str, float, Schedule, targets.Session]], held: CalibrationSet
 ) -> Iterator[Row]:
     captured = bench.captured
-    sample = next(iter(held.batches(1)))  # type: ignore[attr-defined]
+    sample = next(iter(held.batches(1)))
     ratios = cpu_ratios(bench.twin.bind(sample), [session.bind(sample) for *_, session in made])
     reference = float_runner(captured)
     drifts: list[Drift] = []
-    for batch, _ in evaluation_batches(captured, held, 1):  # type: ignore[arg-type]
+    for batch, _ in evaluation_batches(captured, held, 1):
         wanted = reference(batch)
         for index, (*_, session) in enumerate(made):
             if len(drifts) <= index:
@@ -191,58 +192,63 @@ def speed(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """DeiT shapes at 40 % fewer multiply-accumulates, float and int8."""
     for model in ("deit", "deit_small"):
         captured, data, held = opened(model, folder, options)
-        judge = Judge(captured, data.select(np.arange(4)))  # type: ignore[attr-defined]
+        judge = Judge(captured, data.select(np.arange(4)))
         for target in options.targets:
             bench = Bench(captured, target, folder)
             profile = load(device_name())
             made: list[tuple[str, Schedule, targets.Session]] = []
-            plain = Builder(captured, data).build(decide(captured.graph, profile, target, "int8-dynamic"))  # type: ignore[arg-type]
+            int8 = partial(quantized, data=data, profile=profile, target=target)
             whole = Schedule(12, 197)
-            made.append(("int8-dynamic", whole, bench.lowered(plain.graph, f"{model}-int8")))
+            made.append(("int8-dynamic", whole, bench.lowered(lambda: int8(captured), f"{model}-int8")))  # noqa: B023
             for method in SPEED:
-                pruner = Pruner(captured, judge, recipes.Tokens(method), data)  # type: ignore[arg-type]
-                schedule = fewer(pruner, captured)
-                graph = pruner.graph(schedule, bench.rules.token_form)
-                made.append((method, schedule, bench.lowered(graph, f"{model}-{method}")))
-                pruned = replace(captured, graph=graph)
-                both = Builder(pruned, data).build(decide(pruned.graph, profile, target, "int8-dynamic"))  # type: ignore[arg-type]
-                made.append((f"{method}+int8-dynamic", schedule, bench.lowered(both.graph, f"{model}-{method}-int8")))
-            sample = next(iter(held.batches(1)))  # type: ignore[attr-defined]
+                pruner = Pruner(captured, judge, recipes.Tokens(method), data)
+                schedule = fewer(pruner, 192 if model == "deit" else 384)
+                cut = partial(pruner.graph, schedule, bench.rules.token_form)
+                both = lambda: int8(replace(captured, graph=cut()))  # noqa: B023, E731
+                made.append((method, schedule, bench.lowered(cut, f"{model}-{method}")))
+                made.append((f"{method}+int8-dynamic", schedule, bench.lowered(both, f"{model}-{method}-int8")))
+            sample = next(iter(held.batches(1)))
             ratios = cpu_ratios(bench.twin.bind(sample), [s.bind(sample) for *_, s in made])
             name = "DeiT-tiny" if model == "deit" else "DeiT-small"
             for (how, schedule, _), ratio in zip(made, ratios, strict=True):
                 yield Row(f"{name}, {target}", how, _cuts(schedule), schedule.share, None, ratio)
 
 
-def fewer(pruner: Pruner, captured: Captured) -> Schedule:
-    """Three cuts at a quarter, half and three quarters of the depth, to FEWER of the multiply-accumulates."""
-    total = sum(c.macs or 0 for c in costs(captured.graph, captured.inputs))
-    best: tuple[float, Schedule] | None = None
-    for percent in range(90, 40, -1):
-        schedule = geometric(pruner.blocks, pruner.tokens, THIRDS, percent / 100, pruner.protected, pruner.halves)
-        if schedule is None:
-            continue
-        share = sum(c.macs or 0 for c in costs(pruner.graph(schedule), captured.inputs)) / total
-        if best is None or abs(share - FEWER) < best[0]:
-            best = abs(share - FEWER), schedule
-        if share < FEWER:
-            break
-    assert best is not None
-    return best[1]
+def quantized(captured: Captured, data: CalibrationSet, profile: DeviceProfile, target: str) -> GraphModule:
+    """The model with int8 weights and activations quantized at run time."""
+    return Builder(captured, data).build(decide(captured.graph, profile, target, "int8-dynamic")).graph
+
+
+def fewer(pruner: Pruner, width: int) -> Schedule:
+    """Three cuts at a quarter, half and three quarters of the depth, to FEWER of the blocks' multiply-accumulates."""
+    found = (
+        geometric(pruner.blocks, pruner.tokens, THIRDS, percent / 100, pruner.protected, pruner.halves)
+        for percent in range(95, 40, -1)
+    )
+    whole = work(Schedule(pruner.blocks, pruner.tokens), width)
+    return min((s for s in found if s), key=lambda s: abs(work(s, width) / whole - FEWER))
+
+
+def work(schedule: Schedule, width: int) -> float:
+    """Multiply-accumulates of the blocks: 4 n C² + 2 n² C of an attention, 8 n C² of an MLP of four times the width."""
+    total = 0.0
+    for entering, leaving in zip(schedule.entering, schedule.leaving, strict=True):
+        total += 4 * entering * width**2 + 2 * entering**2 * width + 8 * leaving * width**2
+    return total
 
 
 def text(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """MiniLM with 30 % fewer tokens on padded sentences: mean cosine and time."""
     captured, data, held = opened("minilm", folder, options)
-    judge = Judge(captured, data)  # type: ignore[arg-type]
+    judge = Judge(captured, data)
     for target in options.targets:
         bench = Bench(captured, target, folder)
         made = []
         for method in ("importance", "random", "even"):
-            pruner = Pruner(captured, judge, recipes.Tokens(method), data)  # type: ignore[arg-type]
+            pruner = Pruner(captured, judge, recipes.Tokens(method), data)
             for share in (0.7, 0.5):
                 schedule = schedules.choose(pruner, share, lambda *_: None)[0].schedule
-                graph = pruner.graph(schedule, bench.rules.token_form)
+                graph = partial(pruner.graph, schedule, bench.rules.token_form)
                 made.append((method, share, schedule, bench.lowered(graph, f"{method}-{share}")))
         yield from _judged(f"MiniLM, {target}", bench, made, held)
 
