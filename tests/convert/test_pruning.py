@@ -30,7 +30,7 @@ def test_a_score_is_the_models_own_distance_from_float() -> None:
     """Computed a second time from the outputs: the worse of both ratios in dB, and the share of other answers."""
     found, (model, _) = pruner(), vit()
     scored = found.score(CUT)
-    inputs = [t for t in found.judge.inputs]
+    inputs = found.judge.inputs
     before = torch.cat([run(model.graph, t)[0] for t in inputs]).double()
     after = torch.cat([run(found.graph(CUT), t)[0] for t in inputs]).double()
     error, power = (after - before).square().sum(1), before.square().sum(1)

@@ -102,7 +102,7 @@ def test_a_cost_that_none_has_is_refused() -> None:
 def test_within_a_cost_a_limit_on_answers_holds_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closest to float in dB may change more answers than another that holds the limit."""
     found, limit = pruner(), 0.6 * WHOLE
-    closest, tried = within(found, work, limit, None, quiet)
+    closest, _ = within(found, work, limit, None, quiet)
 
     def score(s: Schedule) -> Scored:
         return Scored(s, *((30.0, 40.0) if s == closest.schedule else (20.0, 5.0 + s.share)))

@@ -1,4 +1,4 @@
-"""What blocks cost with fewer tokens: estimates from stairs, and stairs from times that are handed in, never asserted."""
+"""What blocks cost with fewer tokens: estimates from stairs, and stairs from times that are handed in, not measured."""
 
 from collections.abc import Callable
 from pathlib import Path

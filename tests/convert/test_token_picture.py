@@ -55,7 +55,7 @@ def test_a_fixed_pattern_gives_every_sample_the_same_picture_and_evit_does_not()
 
 
 def test_the_tokens_shown_are_those_the_graph_keeps() -> None:
-    """Masking out, in the model's own order: the traced origin and the picture agree, sample by sample."""
+    """The picture is made from the graph in one form, the file may have another: tokens are the same."""
     found = facts("importance").samples
     model, data = vit()
     graph = pruner("importance").graph(CUT, "rank", traced=True)
