@@ -54,7 +54,10 @@ def recipe_steps() -> Iterator[tuple[str, ...]]:
     yield "recipe", "what comes out", "steps"
     for name in recipes.names():
         recipe = recipes.load(name)
-        yield f"`{name}`", recipe.summary, ", ".join(f"`{step}`" for step in recipe.steps)
+        steps = [f"`{step}`" for step in recipe.steps]
+        if recipe.tokens:
+            steps.insert(0, f"tokens by `{recipe.tokens.method}`")
+        yield f"`{name}`", recipe.summary, ", ".join(steps)
 
 
 def gate_names() -> Iterator[tuple[str, ...]]:
