@@ -94,7 +94,9 @@ def problem(graph: GraphModule, float_graph: GraphModule, found: Visit, seed: in
     weight = constant(float_graph, node)
     groups, out = layer.groups, len(weight)
     width = weight[0].numel()
-    taken = chosen([_places(layer, t) for t in found.targets], min(rows, max(NUMBERS // (groups * width), 64)), seed)
+    open_ = [_open(layer, t, found.visible[i] if found.visible else None) for i, t in enumerate(found.targets)]
+    drawn = chosen([len(o) for o in open_], min(rows, max(NUMBERS // (groups * width), 64)), seed)
+    taken = [places[at] for places, at in zip(open_, drawn, strict=True)]
     x = torch.cat([rows_of(layer, weight.shape, t, at) for t, at in zip(found.inputs, taken, strict=True)])
     y = torch.cat([_outputs(layer, t, at) for t, at in zip(found.targets, taken, strict=True)])
     if layer.bias is not None:
@@ -125,6 +127,14 @@ def _offset(graph: GraphModule, float_graph: GraphModule, found: Visit) -> Tenso
     there = constant(float_graph, wanted).double() if wanted is not None else torch.zeros(out).double()
     here = constant(graph, layer.bias).double() if layer.bias is not None else torch.zeros(out).double()
     return (there - here).reshape(layer.groups, -1)
+
+
+def _open(layer: CodedLayer, output: Tensor, visible: Tensor | None) -> Tensor:
+    """The positions of an output that may be taken, int64: all but those of padding, where it has one row per token."""
+    every = torch.arange(_places(layer, output))
+    if visible is None or output.dim() != 3 or output.shape[:2] != visible.shape:
+        return every
+    return every[visible.flatten()]
 
 
 def chosen(places: Sequence[int], limit: int, seed: int) -> list[Tensor]:

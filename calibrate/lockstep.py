@@ -6,13 +6,14 @@ layer, for the samples given; it does not depend on how many samples the calibra
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from . import padding
 from .coded import CodedLayer, coded
 from .graph import is_weighted, layer_name
 
@@ -23,7 +24,8 @@ class Visit:
 
     `inputs`: what the layer reads in the quantized graph (after Q/DQ where static); `wanted`: what the float graph
     reads there; `targets`: what the float layer computed. `compute()` runs the layer as it now stands on `inputs`.
-    `partner` is the layer's node in the float graph.
+    `partner` is the layer's node in the float graph. `visible`: of each batch, the tokens that are no padding, bool
+    [n, tokens]; None where nothing says so.
     """
 
     layer: CodedLayer
@@ -32,6 +34,7 @@ class Visit:
     targets: list[Tensor]
     compute: Callable[[], list[Tensor]]
     partner: Node
+    visible: list[Tensor | None] = field(default_factory=list)
 
 
 class Run(Interpreter):
@@ -75,6 +78,7 @@ def walk(
         listed = list(batches)
         floats = [Run(float_graph, b) for b in listed]
         quantized = [Run(graph, b) for b in listed]
+        seen = [padding.visible(float_graph, b) for b in listed]
         del listed
         matched = partners(float_graph, graph)
         pending = iter(list(float_graph.graph.nodes))
@@ -96,7 +100,7 @@ def walk(
             def compute(node: Node = node) -> list[Tensor]:
                 return [_again(run, node) for run in quantized]
 
-            visit(Visit(found, inputs, [h[0] for h in held], [h[1] for h in held], compute, partner))
+            visit(Visit(found, inputs, [h[0] for h in held], [h[1] for h in held], compute, partner, seen))
             for run in quantized:
                 refresh(run, node)
                 run.step(node)

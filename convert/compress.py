@@ -24,6 +24,9 @@ Effort = Literal["fast", "normal", "max"]
 Outputs = tuple[Tensor, ...]
 # Samples for what is dear per sample: the race of observers, layers that are changed one after the other.
 FEW = 64
+# Models that read little per sample see more of them: so many values, if the calibration set has as many samples, but
+# never those that judge where trials are judged.
+FEW_VALUES, MOST_FEW = 2**15, 256
 # Samples that judge whether a change helped, at most: of the last half of the calibration set, where the few above are
 # the first. With 64 a ResNet-20's score still moves by 0.4 dB with the choice of samples, more than many steps bring.
 JUDGED = 128
@@ -109,10 +112,12 @@ class Builder:
         self.captured, self.data, self.progress, self.effort, self.seed = captured, data, progress, effort, seed
         self._prefixes: dict[Any, _Prefix] = {}
         self._judge = Judge(captured, data, batch)
+        self._few = FEW
 
     def build(self, decision: Decision) -> Compressed:
         """Apply the decision's steps, each to a graph of its own."""
         plan = replace(decision.plan, parameters=_patient(decision.plan, self.effort))
+        self._few = self._how_few(judged=decision.automatic or decision.search is not None)
         count = next((i for i, s in enumerate(plan.steps) if not steps.find(s).exact), len(plan.steps))
         start = self._prefix(plan, plan.steps[:count])
         context = self._context(plan, start)
@@ -130,6 +135,7 @@ class Builder:
 
     def look(self, step: str, plan: Plan) -> list[Entry]:
         """What a step that changes nothing says of the graph before `plan` quantizes it."""
+        self._few = self._how_few(judged=True)
         count = next((i for i, s in enumerate(plan.steps) if not steps.find(s).exact), len(plan.steps))
         start = self._prefix(plan, plan.steps[:count])
         return steps.apply(step, clone(start.graph), self._context(plan, start))
@@ -138,7 +144,7 @@ class Builder:
         # What an exact step does may depend on which formats it prepares for, not on which layers stay float.
         told = {name: plan.parameters[name] for name in names if name in plan.parameters}
         kept = replace(plan, steps=(), keep_float={}, formats={}, parameters=told)
-        key = (names, repr(kept))
+        key = (names, repr(kept), self._few)
         if key not in self._prefixes:
             if not names:
                 self._prefixes[key] = _Prefix(self.captured.graph)
@@ -156,10 +162,11 @@ class Builder:
         def batches(limit: int | None = None) -> Iterable[list[Tensor]]:
             return (tensors(b, self.captured.inputs) for b in whole_batches(self.captured, self.data, limit))
 
+        few = self._few
         return steps.Context(
             plan=plan,
             batches=batches,
-            few_batches=lambda: batches(FEW),
+            few_batches=lambda: batches(few),
             progress=self.progress,
             samples=len(self.data),
             labels=torch.from_numpy(self.data.labels) if self.data.labels is not None else None,
@@ -167,6 +174,12 @@ class Builder:
             histograms=prefix.histograms,
             chosen=prefix.chosen,
         )
+
+    def _how_few(self, judged: bool) -> int:
+        """How many samples a step gets that looks at few; with `judged` none of those that judge, beyond FEW."""
+        values = sum(math.prod(i.sample_shape) for i in self.captured.inputs)
+        wanted = max(FEW, min(MOST_FEW, FEW_VALUES // max(values, 1)))
+        return max(FEW, min(wanted, len(self.data) - self._judge.samples)) if judged else wanted
 
     def score(self, made: Compressed) -> float:
         """How close the simulation is to float on the last samples of the calibration set, in dB: see `Judge.score`."""

@@ -2,9 +2,10 @@
 
 import math
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..errors import CalibrationError
+from ..padding import ids
 from .attention import sites
 from .axis import follow
 
@@ -33,14 +34,3 @@ def protected(graph: GraphModule, restored: bool = False) -> int:
     if not restored:
         raise problem
     return next((n for n in range(MOST + 1) if math.isqrt(site.tokens - n) ** 2 == site.tokens - n), 0)
-
-
-def ids(graph: GraphModule) -> list[Node]:
-    """The inputs [B, N] that are looked up in a table: the ids of a text's tokens, and what is beside them."""
-    return [n for n in graph.graph.nodes if n.op == "placeholder" and _looked_up(n)]
-
-
-def _looked_up(node: Node) -> bool:
-    value = node.meta["val"]
-    read = any(str(u.target).startswith("aten.embedding") and u.args[1] is node for u in node.users)
-    return read and value.dim() == 2 and not value.dtype.is_floating_point
