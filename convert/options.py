@@ -10,7 +10,7 @@ from convert.capture import Captured
 from convert.compress import Builder, Effort
 from convert.gates import Budget
 from convert.progress import Progress
-from convert.pruning import Pruned
+from convert.pruning import Pruned, Pruner
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Samples:
 class Run:
     """What the conversions of one command share.
 
-    `pruned`: the model with fewer tokens that one conversion works on, and `shelf` those that others may take over.
+    `pruned`: the model with fewer tokens that one conversion works on, and `shelf` those that others may take over;
+    `pruners`: what removes tokens, by method and its options.
     """
 
     options: Options
@@ -76,6 +77,7 @@ class Run:
     builder: Builder
     pruned: Pruned | None = None
     shelf: dict[Any, tuple[Pruned, Builder]] = field(default_factory=dict)
+    pruners: dict[str, Pruner] = field(default_factory=dict)
 
     @property
     def model(self) -> Captured:

@@ -1,10 +1,11 @@
 """Fewer tokens: what a recipe that prunes does to a captured transformer before any step runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 from torch.fx import GraphModule
 
 from calibrate.graph import clone, run
@@ -14,6 +15,7 @@ from calibrate.tokens import methods, protect
 from calibrate.tokens.attention import sites
 from calibrate.tokens.insert import Cut, reduce
 from calibrate.tokens.schedule import Schedule, candidates
+from calibrate.tokens.trained import write
 from convert import recipes
 from convert.capture import Captured
 from convert.compress import Judge, Outputs
@@ -38,6 +40,16 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What was trained for a schedule: constants by name (none where it brought nothing), what the ledger says of it,
+    and how the schedule scores with them."""
+
+    constants: Mapping[str, Tensor]
+    ledger: tuple[Entry, ...]
+    scored: Scored
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A captured model with fewer tokens, and how that came about. `layers`: the name of each cut's attention."""
 
@@ -59,13 +71,14 @@ class Pruner:
     """Removes tokens from one captured model by one method, and says what that does to its answers.
 
     Raises CalibrationError where the model does not allow it: no attention, windows, a causal decoder, a head that
-    needs every token.
+    needs every token. `learned` are schedules that were trained (`token_training`): graphs of them hold what was
+    learned, while `score` goes on saying what they do without.
     """
 
     def __init__(
         self, captured: Captured, judge: Judge, wanted: recipes.Tokens, data: CalibrationSet, seed: int = 0
     ) -> None:
-        self.captured, self.judge, self.seed = captured, judge, seed
+        self.captured, self.judge, self.seed, self.data = captured, judge, seed, data
         self.method = methods.find(wanted.method)
         self.name = wanted.method
         found = sites(captured.graph)
@@ -76,6 +89,7 @@ class Pruner:
         self.notes: list[Entry] = []
         self._look_for_separator(data)
         self._seen: dict[Schedule, Scored] = {}
+        self.learned: dict[Schedule, Learned] = {}
 
     def _look_for_separator(self, data: CalibrationSet) -> None:
         if "separator" not in getattr(self.method, "defaults", {}) or "separator" in self.options:
@@ -93,20 +107,31 @@ class Pruner:
         return bool(getattr(self.method, "halves", False))
 
     def graph(self, schedule: Schedule, form: str = "topk", traced: bool = False) -> GraphModule:
-        """The model with these cuts; see `calibrate.tokens.insert.reduce`."""
+        """The model with these cuts and what was learned for them; see `calibrate.tokens.insert.reduce`."""
+        learned = self.learned.get(schedule)
+        return self._cut(schedule, learned.constants if learned else {}, form, traced)
+
+    def _cut(
+        self, schedule: Schedule, constants: Mapping[str, Tensor], form: str = "topk", traced: bool = False
+    ) -> GraphModule:
         graph = clone(self.captured.graph)
         cuts = [Cut(block, keep, self.name, self.options) for block, keep in schedule.cuts]
         if cuts:
             reduce(graph, cuts, self.protected, form, self.seed, traced)
+        write(graph, constants)
         return graph
 
     def score(self, schedule: Schedule) -> Scored:
         """What a schedule does to the outputs on the judging samples; each is looked at once."""
         if schedule not in self._seen:
-            graph = self.graph(schedule)
-            outputs = [run(graph, inputs) for inputs in self.judge.inputs]
-            self._seen[schedule] = Scored(schedule, self.judge.closeness(outputs), self._changed(outputs))
+            self._seen[schedule] = self.judged(schedule, {})
         return self._seen[schedule]
+
+    def judged(self, schedule: Schedule, constants: Mapping[str, Tensor]) -> Scored:
+        """What a schedule does to the outputs on the judging samples with these constants in its cuts."""
+        graph = self._cut(schedule, constants)
+        outputs = [run(graph, inputs) for inputs in self.judge.inputs]
+        return Scored(schedule, self.judge.closeness(outputs), self._changed(outputs))
 
     def _changed(self, outputs: Sequence[Outputs]) -> float:
         drift: Drift | None = None
@@ -149,6 +174,8 @@ class Pruner:
             place = f"behind the attention of block {block + 1} of {self.blocks}"
             ledger.append(Entry(STEP, layers[block], f"{before} → {keep} tokens by {self.name}", place))
             before = keep
+        if scored.schedule in self.learned:
+            ledger += self.learned[scored.schedule].ledger
         for other in sorted(tried, key=lambda t: -t.db):
             if other.schedule != scored.schedule:
                 cuts = ", ".join(f"{keep} behind block {block + 1}" for block, keep in other.schedule.cuts)

@@ -16,6 +16,7 @@ from convert.options import Run
 from convert.planning import Decision
 from convert.pruning import Pruned, Pruner, Scored
 from convert.refusals import spends_on_tokens
+from convert.token_training import Lessons, trained
 
 # How often a schedule is built whole, measured, and the estimate corrected by what was measured.
 ROUNDS = 4
@@ -41,6 +42,7 @@ def with_fewer_tokens(run: Run, decision: Decision) -> Run:
         return _shelved(run, (form, share), lambda: _kept(run, pruner, share, form, asked=options.keep is not None))
     costs = costs_of(run, decision, pruner)
     scored, tried = schedules.cheapest(pruner, costs.of, options.max_drop, run.builder.progress)
+    scored = trained(pruner, scored, _lessons(run))
     limit = f"while at most {options.max_drop:g} % of the answers change"
     how = f"Tokens were removed {limit}: {_said(scored)}; {costs.said}."
     return _on(run, pruner.pruned(scored, form, how, tried))
@@ -64,6 +66,7 @@ def within_budget(run: Run, decision: Decision, make: Callable[[Run], float]) ->
     for number in range(ROUNDS):
         run.progress.advance(number, ROUNDS, "token budget")
         scored, tried = schedules.within(pruner, costs.of, limit, run.options.max_drop, run.builder.progress)
+        scored = trained(pruner, scored, _lessons(run))
         how = f"Tokens were removed to take at most {budget:g} ms: {_said(scored)}; {costs.said}."
         made = _on(run, pruner.pruned(scored, decision.rules.token_form, how, tried))
         took = make(made)
@@ -142,12 +145,22 @@ def costs_of(run: Run, decision: Decision, pruner: Pruner) -> Costs:
 
 
 def _pruner(run: Run, decision: Decision) -> Pruner:
-    assert decision.tokens is not None
-    return Pruner(run.captured, run.builder.judge, decision.tokens, run.samples.calibration, run.options.seed)
+    """One for all devices of this command, so that what is trained is the same in every form of the graph."""
+    wanted = decision.tokens
+    assert wanted is not None
+    key = f"{wanted.method} {sorted(wanted.options.items())}"
+    if key not in run.pruners:
+        run.pruners[key] = Pruner(run.captured, run.builder.judge, wanted, run.samples.calibration, run.options.seed)
+    return run.pruners[key]
+
+
+def _lessons(run: Run) -> Lessons:
+    return Lessons(run.builder.effort, run.builder.progress, run.options.max_drop)
 
 
 def _kept(run: Run, pruner: Pruner, share: float, form: str, asked: bool) -> Pruned:
     scored, tried = schedules.choose(pruner, share, run.builder.progress)
+    scored = trained(pruner, scored, _lessons(run))
     why = "as asked" if asked else "the recipe's default"
     return pruner.pruned(scored, form, f"A share of {share:g} of the tokens is kept, {why}: {_said(scored)}.", tried)
 

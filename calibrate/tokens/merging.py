@@ -82,15 +82,26 @@ def matched(build: Builder, edges: Node, source: Tensor, target: Tensor, gone: i
 
     (which tokens go, bool [B, N]; what each token becomes, float32 [B, N, N], a single one in every row).
     """
-    tokens = len(source)
+    likeness, places = likeliest(build, edges, source, target)
+    return joined(build, likeness, places, gone)
+
+
+def likeliest(build: Builder, edges: Node, source: Tensor, target: Tensor) -> tuple[Node, Node]:
+    """(`edges` [B, N, N] from sources to targets, -2 elsewhere; the rank [B, N] of each token by its best one)."""
     pairs = build.constant("pairs", source[:, None] & target[None, :])
     likeness = build.call(aten.where.ScalarOther, pairs, edges, -2.0)
     best = build.call(aten.squeeze.dim, build.call(aten.amax.default, likeness, [-1], True), -1)
     score = build.call(aten.where.ScalarOther, build.constant("sources", source), best, -3.0)
-    goes = build.call(aten.lt.Scalar, rank(build, score, 0), float(gone))
+    return likeness, rank(build, score, 0)
+
+
+def joined(build: Builder, likeness: Node, places: Node, gone: int) -> tuple[Node, Node]:
+    """What `matched` returns, for what `likeliest` did."""
+    goes = build.call(aten.lt.Scalar, places, float(gone))
     column = build.call(aten.unsqueeze.default, goes, 2)
     first = build.call(aten.to.dtype, first_of_best(build, likeness), torch.float32)
     # a choice of booleans has no kernel in ONNX Runtime
+    tokens = int(likeness.meta["val"].shape[-1])
     return goes, build.call(aten.where.self, column, first, build.constant("itself", torch.eye(tokens)))
 
 

@@ -34,8 +34,8 @@ class Method(Protocol):
     """`attention`: it looks at the probabilities, so the attention before the cut is written out.
 
     `halves`, where true: one cut removes at most half of the unprotected tokens. `reconstructs`, where true: its
-    reductions can be undone (`restoring.Restoring`). `defaults`, where a method has them: its options and their default
-    values.
+    reductions can be undone (`restoring.Restoring`). `trains`, where true: it has constants that `recover` can train
+    (see `trained`). `defaults`, where a method has them: its options and their default values.
     """
 
     attention: bool

@@ -68,28 +68,28 @@ def _clustered(
     allowed = own.clone()
     allowed[protected:, protected:] = True
     may = build.constant("clusters_of_tokens", allowed)
-    first, _ = _means(build, build.constant("runs", runs.unsqueeze(0)), size)
+    first, _ = means(build, build.constant("runs", runs.unsqueeze(0)), size)
     weights = first
     for _ in range(rounds):
         centroids = build.call(aten.matmul.default, weights, tokens)
-        near = _nearness(build, tokens, centroids)
+        near = nearness(build, tokens, centroids)
         near = build.call(aten.where.ScalarOther, may, near, -ABOVE_ALL)
         belongs = build.call(aten.to.dtype, first_of_best(build, near), torch.float32)
-        made, total = _means(build, build.call(aten.transpose.int, belongs, 1, 2), size)
+        made, total = means(build, build.call(aten.transpose.int, belongs, 1, 2), size)
         # a cluster that nobody is near to stays where it began
         weights = build.call(aten.where.self, build.call(aten.lt.Scalar, total, 0.5), first, made)
     together = build.call(aten.clamp.default, build.call(aten.squeeze.dim, total, -1), EMPTY)
     return belongs, weights, together
 
 
-def _means(build: Builder, groups: Node, size: Node) -> tuple[Node, Node]:
+def means(build: Builder, groups: Node, size: Node) -> tuple[Node, Node]:
     """Weights [B, K, N] of the mean over each group by size, and each group's size [B, K, 1]; 0 where one is empty."""
     parts = build.call(aten.mul.Tensor, groups, build.call(aten.unsqueeze.default, size, 1))
     total = build.call(aten.sum.dim_IntList, parts, [-1], True)
     return build.call(aten.div.Tensor, parts, build.call(aten.clamp.default, total, LEAST)), total
 
 
-def _nearness(build: Builder, tokens: Node, centroids: Node) -> Node:
+def nearness(build: Builder, tokens: Node, centroids: Node) -> Node:
     """(x · c - |c|² / 2) / C [B, N, K]: highest where |x - c| is lowest; divided by C, sums fit half precision."""
     scaled = build.call(aten.mul.Tensor, centroids, 1.0 / int(centroids.meta["val"].shape[-1]))
     products = build.call(aten.matmul.default, tokens, build.call(aten.transpose.int, scaled, 1, 2))
