@@ -61,7 +61,7 @@ def recover(
     lesson = Lesson(Runner(graph, given), Runner(reference, {}))
     told = _train(lesson, [s.move for s in shifts.values()], samples, context, effort)
     count = sum(len(b[0]) if b[0].dim() else 1 for b in samples.held)
-    reason = f"loss {told.before:.4f} -> {told.after:.4f} on {count} held-out samples after {told.clock.taken} steps"
+    reason = f"loss {told.before:.4g} -> {told.after:.4g} on {count} held-out samples after {told.clock.taken} steps"
     reason += told.clock.note()
     if not told.after < told.before:
         return {}, [Entry(STEP, "model", "left untrained", f"rolled back: {reason}")]

@@ -1,5 +1,6 @@
 """Token methods that are trained: every graph of a chosen schedule holds it, and the ledger says what it brought."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import targets
 from calibrate.graph import run
 from calibrate.plan import Entry
 from calibrate.samples import InputSpec
+from calibrate.tokens.recover import Effort
 from calibrate.tokens.schedule import Schedule
 from calibrate.tokens.trained import marked
 from convert import token_training
@@ -40,12 +42,10 @@ def lessons(effort: str = "normal", most_drop: float | None = None) -> Lessons:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short training that has something to win: a soft association."""
-    monkeypatch.setattr(token_training, "Wish", lambda: token_training_wish(iterations=20, lr=0.1))
+    monkeypatch.setattr(token_training, "Wish", lambda: Effort(iterations=20, lr=0.1))
 
 
-token_training_wish = token_training.Wish
-
-
+@functools.cache
 def learned() -> tuple[Pruner, Scored, Scored]:
     found = pruner("super_tokens", sharpness=2.0)
     before = found.score(CUT)
