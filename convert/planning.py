@@ -92,7 +92,7 @@ def planned(
         dynamic_scheme=rules.dynamic_scheme if rules.dynamic_scheme != "none" else "tensor_uint8",
         dynamic_kinds=frozenset(rules.dynamic_ops),
         weight=chosen.weight,
-        formats=_ends(graph, chosen),
+        formats={**_tables(graph, chosen), **_ends(graph, chosen)},
         parameters=chosen.parameters,
     )
     floor = AUTO_FLOOR_DB if automatic and any(recipes.quantizes(s) for s in steps) else None
@@ -114,6 +114,20 @@ def _ends(graph: GraphModule, chosen: recipes.Recipe) -> dict[str, WeightFormat]
     layers = weighted_layers(graph)
     wide = replace(chosen.weight, bits=chosen.ends_bits, group=None)
     return {layers[i]: wide for i in (0, -1)} if layers else {}
+
+
+def _tables(graph: GraphModule, chosen: recipes.Recipe) -> dict[str, WeightFormat]:
+    """Embedding tables in groups of their own: half of a small encoder's weights, where an error costs little."""
+    group = chosen.tables_group
+    if group is None:
+        return {}
+    fixed = constant_made(graph.graph.nodes)
+    tables = {layer_name(n): n for n in graph.graph.nodes if is_table(n, fixed)}
+    return {
+        name: replace(chosen.weight, group=group)
+        for name, node in tables.items()
+        if int(node.meta["val"].shape[-1]) % group == 0
+    }
 
 
 def weighted_layers(graph: GraphModule, tables: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 AUTO = "auto"
 KEYS = {
     *("summary", "steps", "compute", "version", "weight", "activation_bits", "ends_bits", "parameters", "search"),
-    "tokens",
+    *("tokens", "tables_group"),
 }
 TOKEN_KEYS = {"method", "keep", "options"}
 WEIGHT_KEYS = {"bits", "group", "kind", "power_of_two"}
@@ -38,7 +38,8 @@ class Recipe:
     """`steps` in order; `compute` is the format of what is not quantized, None for what the profile says.
 
     `weight`: the format of weights. `activation_bits`: 8, or 16 where the runtime has such kernels. `ends_bits`: the
-    bits of the first and the last layer with weights, None for those of all. `parameters`: what steps are told.
+    bits of the first and the last layer with weights, None for those of all. `tables_group`: the group of embedding
+    tables whose width it divides, None for that of all. `parameters`: what steps are told.
     `search`: "mixed", layers get formats of their own under a budget. `tokens`: what is cut out before the steps.
     """
 
@@ -52,6 +53,7 @@ class Recipe:
     parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     search: str | None = None
     tokens: Tokens | None = None
+    tables_group: int | None = None
 
 
 def names() -> list[str]:
@@ -93,6 +95,7 @@ def load(text: str) -> Recipe:
         {step: values for part in parts for step, values in part.parameters.items()},
         next((part.search for part in parts if part.search), None),
         next((part.tokens for part in parts if part.tokens), None),
+        next((part.tables_group for part in parts if part.tables_group), None),
     )
 
 
@@ -154,6 +157,7 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
         _parameters(path, content.get("parameters", {}), tuple(steps)),
         _one_of(path, "search", content["search"], ("mixed",)) if "search" in content else None,
         _tokens(path, content["tokens"]) if "tokens" in content else None,
+        _one_of(path, "tables_group", content["tables_group"], (32, 64, 128)) if "tables_group" in content else None,
     )
 
 

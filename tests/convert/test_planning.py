@@ -10,6 +10,7 @@ from torch import nn
 from calibrate.plan import WeightFormat
 from convert import recipes
 from convert.errors import TightfitError
+from convert.normal_form import normalise
 from convert.planning import AUTO_FLOOR_DB, decide, family
 from device_profiles import load, names
 
@@ -117,6 +118,15 @@ def test_four_bits_are_for_weights_and_the_ends_keep_eight(cnn: torch.fx.GraphMo
     assert set(plan.formats.values()) == {WeightFormat(8)}
     assert "quantize_static" in plan.steps
     assert "quantize_weights" in decide(cnn, load("iphone-a15"), "coreml", "w4a8").plan.steps
+
+
+@pytest.mark.parametrize(("width", "group"), [(128, 128), (96, None)])
+def test_tables_have_groups_of_their_own_where_these_fit(width: int, group: int | None) -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(32, width), torch.nn.Linear(width, 4)).eval()
+    graph = normalise(graph_of(module, torch.zeros(2, 5, dtype=torch.int64)))
+    plan = decide(graph, load("generic-x86"), "onnx", "w4").plan
+    assert [f.group for f in plan.formats.values()] == ([group] if group else [])
+    assert plan.weight.group == 64
 
 
 def test_sixteen_bits_are_for_activations(cnn: torch.fx.GraphModule) -> None:
