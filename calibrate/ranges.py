@@ -3,6 +3,8 @@
 One pass fills a histogram per tensor; a few samples run the race (`race`) between the ranges that observers propose.
 """
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -85,6 +87,27 @@ def _watched(graph: GraphModule, sites: Sites, see: Callable[[str, object], None
     return GraphModule(graph, copied)
 
 
+# Batches after which freed memory is given back.
+TRIMMED = 4
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
+    return found
+
+
+def give_back() -> None:
+    """Let the C library hand freed memory back: in the holes that activations leave, memory seemed to grow with the
+    number of batches, by a third in a ViT, while what is alive does not."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
 def fill_histograms(
     graph: GraphModule, sites: Sites, batches: Iterable[list[Tensor]], progress: Progress | None = None
 ) -> dict[str, Histogram]:
@@ -98,8 +121,10 @@ def fill_histograms(
     watch = _watched(graph, sites, see)
     seen = 0
     with torch.no_grad():
-        for inputs in batches:
+        for number, inputs in enumerate(batches):
             watch(*inputs)
+            if number % TRIMMED == 0:
+                give_back()
             seen += len(inputs[0]) if inputs[0].dim() else 1
             if progress:
                 progress(seen)
