@@ -72,9 +72,11 @@ def within(
             if cost(schedule) <= limit:
                 fitting.setdefault(_places(schedule), schedule)
     if not fitting:
+        costs = [cost(s) for share in SHARES for s in _at(pruner, share, None)]
         raise TightfitError(
-            f"no schedule of {pruner.name} is estimated to take {limit:.3g} ms or less. Give a larger --budget-ms, or "
-            "add +int8-dynamic to the recipe."
+            f"no schedule of {pruner.name} is estimated to take {limit:.3g} ms or less; the model as it is takes "
+            f"{cost(full):.3g} ms, the fastest schedule {min(costs, default=cost(full)):.3g} ms. Give a larger "
+            "--budget-ms, or add +int8-dynamic to the recipe."
         )
     tried = []
     for count, schedule in enumerate(fitting.values()):
