@@ -95,7 +95,7 @@ def test_a_cost_that_the_whole_model_has_removes_nothing() -> None:
 
 
 def test_a_cost_that_none_has_is_refused() -> None:
-    with pytest.raises(TightfitError, match=r"estimated to take 1 ms or less; the model as it is takes .* Give a larger"):
+    with pytest.raises(TightfitError, match=r"estimated to take 1 ms or less; the model .* Give a larger"):
         within(pruner(), work, 1.0, None, quiet)
 
 
