@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.fx import GraphModule
 
+from calibrate import padding
 from calibrate.graph import clone, run
 from calibrate.plan import Entry
 from calibrate.samples import CalibrationSet
@@ -18,7 +19,7 @@ from calibrate.tokens.schedule import Schedule, candidates
 from calibrate.tokens.trained import write
 from convert import recipes
 from convert.capture import Captured
-from convert.compress import Judge, Outputs
+from convert.compress import Judge, Outputs, tensors
 from convert.drift import Drift, classifies
 from convert.errors import TightfitError
 from convert.evaluation import STEP
@@ -190,18 +191,15 @@ def separator(captured: Captured, data: CalibrationSet) -> int | None:
     One that stands there twice is padding that no mask hides.
     """
     names = [n.name for n in captured.graph.graph.nodes if n.op == "placeholder"]
-    looked_up = protect.ids(captured.graph)
+    looked_up = padding.ids(captured.graph)
     if not looked_up:
         return None
-    inputs = dict(zip(names, captured.inputs, strict=True))
-    ids = inputs[looked_up[0].name]
-    masks = [
-        i for n, i in inputs.items() if i.sample_shape == ids.sample_shape and n not in {x.name for x in looked_up}
-    ]
+    place = names.index(looked_up[0].name)
     last: set[int] = set()
     for batch in data.batches(64):
-        rows = batch[ids.name]
-        seen = batch[masks[0].name] != 0 if masks else np.ones(rows.shape, bool)
+        inputs = tensors(batch, captured.inputs)
+        rows, visible_ = inputs[place].numpy(), padding.visible(captured.graph, inputs)
+        seen = np.ones(rows.shape, bool) if visible_ is None else visible_.numpy()
         for row, visible in zip(rows, seen, strict=True):
             end = row[visible][-2:]
             last.add(int(end[-1]) if len(end) and len(set(end.tolist())) == len(end) else -1)

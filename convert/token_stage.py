@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 import targets
 from calibrate.samples import InputSpec
+from calibrate.tokens.attention import sites
 from calibrate.tokens.schedule import Schedule
 from convert import recipes, schedules, staircase
 from convert.compress import Builder
@@ -20,6 +21,8 @@ from convert.token_training import Lessons, trained
 
 # How often a schedule is built whole, measured, and the estimate corrected by what was measured.
 ROUNDS = 4
+# Every whole number up to this is a half-precision one.
+HALF_EXACT = 2048
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def costs_of(run: Run, decision: Decision, pruner: Pruner) -> Costs:
         return target.open(path, threads=run.options.threads)
 
     folder.mkdir(parents=True, exist_ok=True)
-    whole = lower(run.captured.graph, folder / f"whole{target.suffix}")
+    whole = lower(run.captured.graph, folder / f"all{target.suffix}")  # the stairs take it over
     if not whole.measures_latency:
         return Costs(
             staircase.counted,
@@ -148,10 +151,20 @@ def _pruner(run: Run, decision: Decision) -> Pruner:
     """One for all devices of this command, so that what is trained is the same in every form of the graph."""
     wanted = decision.tokens
     assert wanted is not None
+    refuse_half_ranks(sites(run.captured.graph)[0].tokens, decision)
     key = f"{wanted.method} {sorted(wanted.options.items())}"
     if key not in run.pruners:
         run.pruners[key] = Pruner(run.captured, run.builder.judge, wanted, run.samples.calibration, run.options.seed)
     return run.pruners[key]
+
+
+def refuse_half_ranks(tokens: int, decision: Decision) -> None:
+    """Raise TightfitError where ranks of so many tokens are no exact numbers in the artifact's arithmetic."""
+    if decision.compute == "float16" and tokens > HALF_EXACT:
+        raise TightfitError(
+            f"{decision.rules.target} would compute in half precision there, which counts to {HALF_EXACT} exactly, "
+            f"and the model has {tokens} tokens: ranks would round. Add +float32 to the recipe."
+        )
 
 
 def _lessons(run: Run) -> Lessons:

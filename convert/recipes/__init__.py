@@ -216,8 +216,10 @@ def _parameters(path: Path, tables: Any, steps: tuple[str, ...]) -> dict[str, Ma
     for step, values in tables.items():
         if step not in steps:
             raise TightfitError(f"the recipe file {path} sets parameters of '{step}', which is not among its steps")
+        if not isinstance(values, dict):
+            raise TightfitError(f"the recipe file {path} has parameters.{step} = {values!r}; it takes a table")
         known = known_steps.defaults(step)
-        for key in values if isinstance(values, dict) else ():
+        for key in values:
             if key not in known:
                 there = ", ".join(known) or "none"
                 raise TightfitError(f"the step {step} has no parameter '{key}' (recipe file {path}); it has {there}")

@@ -156,6 +156,7 @@ def test_eight_bit_floats_and_palettes_are_refused_where_nothing_runs_them(cnn: 
         ("ends_bits = 3", "ends_bits = 3; it takes 8 or 4"),
         ('search = "best"', "search = 'best'; it takes 'mixed'"),
         ("[parameters.gptq]\nblok = 3", "the step gptq has no parameter 'blok'"),
+        ("parameters = { gptq = 3 }", "parameters.gptq = 3; it takes a table"),
         ("[parameters.smooth]\nalpha = 3", "sets parameters of 'smooth', which is not among its steps"),
     ],
 )

@@ -15,7 +15,15 @@ from convert.errors import TightfitError
 from convert.options import Options, Run, Samples
 from convert.planning import Decision, decide
 from convert.progress import Silent
-from convert.token_stage import ROUNDS, Costs, meets_budget, with_fewer_tokens, within_budget
+from convert.token_stage import (
+    HALF_EXACT,
+    ROUNDS,
+    Costs,
+    meets_budget,
+    refuse_half_ranks,
+    with_fewer_tokens,
+    within_budget,
+)
 from device_profiles import load
 
 
@@ -178,3 +186,12 @@ def test_a_budget_of_time_without_times_is_refused(run: Run, monkeypatch: pytest
     timed = asked(run, budget_ms=3.0)
     with pytest.raises(TightfitError, match=r"--budget-ms can't be met for onnx: work was counted\. Give --keep"):
         within_budget(timed, decision(timed), lambda _: 1.0)
+
+
+def test_more_tokens_than_half_precision_counts_are_refused_where_it_computes_in_halves(run: Run) -> None:
+    half = decide(run.captured.graph, load("iphone-a17-pro"), "coreml", "prune-evit")
+    single = decide(run.captured.graph, load("iphone-a17-pro"), "coreml", "prune-evit+float32")
+    refuse_half_ranks(HALF_EXACT, half)
+    refuse_half_ranks(HALF_EXACT + 1, single)
+    with pytest.raises(TightfitError, match=r"has 2049 tokens: .* Add \+float32"):
+        refuse_half_ranks(HALF_EXACT + 1, half)
