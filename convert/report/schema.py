@@ -6,19 +6,16 @@ all (an output is NaN, the reference is zero), `sqnr_db` is null and `undefined`
 NaN for `sqnr_db` and turn them into this encoding.
 """
 
-import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
+
+from .measures import EXACT_SQNR_DB, Latency, Part, Signal, Stage
+from .runs import DeviceRun, Instructions
+
+__all__ = ["EXACT_SQNR_DB", "DeviceRun", "Instructions", "Latency", "Part", "Signal", "Stage"]
 
 SCHEMA_VERSION: Literal[1] = 1
-EXACT_SQNR_DB = 200.0
-
-
-class Part(BaseModel):
-    """Base of all parts: immutable, and a field nobody knows is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_alias=True, serialize_by_alias=True)
 
 
 class ModelFacts(Part):
@@ -46,50 +43,6 @@ class Evaluation(Part):
     labelled: bool
 
 
-class Signal(Part):
-    """A ratio of signal to noise, with the encoding of what is not a number."""
-
-    sqnr_db: FiniteFloat | None = Field(description="10 log10(signal power / noise power); 200 with exact.")
-    exact: bool = Field(default=False, description="True when no value differs: an SQNR of +infinity.")
-    undefined: str | None = Field(default=None, description="Why there is no SQNR at all, in words.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _encode_non_finite(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        value = data.get("sqnr_db")
-        if value is None and data.get("exact"):
-            value = math.inf
-        if not isinstance(value, float) or math.isfinite(value):
-            return data
-        if value == math.inf:
-            return {**data, "sqnr_db": EXACT_SQNR_DB, "exact": True}
-        default = "the values compared are not all finite" if math.isnan(value) else "the reference is zero"
-        return {**data, "sqnr_db": None, "undefined": data.get("undefined") or default}
-
-    @model_validator(mode="after")
-    def _one_meaning(self) -> Self:
-        if (self.sqnr_db is not None) == (self.undefined is not None):
-            raise ValueError("give exactly one of sqnr_db and undefined")
-        if self.exact and self.sqnr_db != EXACT_SQNR_DB:
-            raise ValueError(f"exact: true goes with sqnr_db {EXACT_SQNR_DB:g}, exactly one meaning")
-        return self
-
-
-class Stage(Signal):
-    """One row of the drift waterfall: the outputs after this stage, compared with the float model's.
-
-    `cosine` is the mean over samples; `max_abs` is in the unit of the outputs; `top1_agreement` is the share of
-    samples [0, 1] whose largest output stays the same, null for a model that does not classify.
-    """
-
-    stage: str
-    cosine: float | None = Field(ge=-1.000001, le=1.000001, allow_inf_nan=False)
-    max_abs: float | None = Field(ge=0, allow_inf_nan=False)
-    top1_agreement: float | None = Field(default=None, ge=0, le=1)
-
-
 class LayerDrift(Signal):
     """One layer's output in the quantized graph, compared with the same layer's in the float graph."""
 
@@ -104,7 +57,7 @@ class FirstJump(Part):
 
 
 class Drift(Part):
-    """The waterfall, in the order in which things happened; its last stage is the artifact, run from disk."""
+    """The waterfall, in the order in which things happened: the artifact, run from disk, then the same on devices."""
 
     stages: tuple[Stage, ...] = Field(min_length=1)
     layers: tuple[LayerDrift, ...] = ()
@@ -118,8 +71,8 @@ class Drift(Part):
 
     @property
     def artifact(self) -> Stage:
-        """The drift of the artifact itself."""
-        return self.stages[-1]
+        """The drift of the artifact itself, on this machine: the last stage before those of devices."""
+        return [s for s in self.stages if s.on is None][-1]
 
 
 class Match(Part):
@@ -147,6 +100,8 @@ class ClassAgreement(Part):
     label: int
     samples: int = Field(ge=1)
     agreement: float = Field(ge=0, le=1)
+    float_: float | None = Field(default=None, alias="float", ge=0, le=1, description="Accuracy of float on the class.")
+    artifact: float | None = Field(default=None, ge=0, le=1, description="Accuracy of the artifact on the class.")
 
 
 class Accuracy(Part):
@@ -157,48 +112,6 @@ class Accuracy(Part):
     samples: int = Field(ge=1)
     classes: int = Field(ge=2, description="Number of classes; guessing is right for 1 / classes.")
     per_class: tuple[ClassAgreement, ...] = ()
-
-
-class Latency(Part):
-    """Times of one call, in milliseconds, of the artifact and of its float twin, measured in turns.
-
-    `speedup` is float_p50_ms / p50_ms: below 1 the artifact is slower than float. `ratio_interval` is its 95 %
-    bootstrap interval. All float fields are null when no float twin was timed.
-    """
-
-    where: str = Field(description='"host", or the device\'s address.')
-    runs: int = Field(ge=1)
-    float_runs: int | None = None
-    p50_ms: float = Field(gt=0, allow_inf_nan=False)
-    p90_ms: float = Field(gt=0, allow_inf_nan=False)
-    p99_ms: float = Field(gt=0, allow_inf_nan=False)
-    cv: float = Field(ge=0, allow_inf_nan=False, description="Standard deviation / mean, all runs kept.")
-    float_p50_ms: FiniteFloat | None = None
-    float_p90_ms: FiniteFloat | None = None
-    float_p99_ms: FiniteFloat | None = None
-    float_cv: FiniteFloat | None = None
-    float_artifact: str | None = Field(default=None, description="The float file that was timed.")
-    speedup: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    ratio_interval: tuple[FiniteFloat, FiniteFloat] | None = None
-    stable: bool
-    threads: int = Field(ge=1)
-    cpu: str
-    governor: str | None = Field(default=None, description="Frequency governor, where it can be read.")
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def surely_slower(self) -> bool:
-        """Whether the artifact is slower than float beyond what the timing leaves open."""
-        if self.speedup is None or self.ratio_interval is None:
-            return False
-        return self.speedup < 1 and self.ratio_interval[1] < 1
-
-    @model_validator(mode="after")
-    def _float_twin_is_whole(self) -> Self:
-        twin = (self.float_runs, self.float_p50_ms, self.float_p90_ms, self.float_p99_ms, self.float_cv)
-        if len({value is None for value in (*twin, self.speedup, self.ratio_interval)}) != 1:
-            raise ValueError("a float twin was timed or it was not: its fields are all given or all null")
-        return self
 
 
 class FallbackFact(Part):
@@ -302,6 +215,10 @@ class Result(Part):
     latency_note: str | None = Field(default=None, description="Why there is no latency.")
     placement: PlacementFacts
     tokens: TokenFacts | None = Field(default=None, description="Where a recipe removed tokens.")
+    runs: tuple[DeviceRun, ...] = Field(default=(), description="What it did elsewhere: boards, emulated ones too.")
+    instructions: Instructions | None = Field(
+        default=None, description="Instructions per inference: those of the emulated device, else of the first counted."
+    )
     gates: tuple[GateResult, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
 
