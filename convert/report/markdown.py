@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from . import words
+from . import run_words, words
 from .comment import MOST_ROWS, fitting, plain, rest
-from .schema import GateResult, Report, Result
+from .schema import DeviceRun, GateResult, Report, Result
 
 _T = TypeVar("_T")  # type parameters in brackets need Python 3.12
 
@@ -18,6 +18,7 @@ def markdown(report: Report) -> str:
     sign = "❌" if bad else "✅" if judged else "➖"
     parts = [f"### {sign} {plain(report.model.name)}: {plain(words.verdict(report))}", ""]
     parts += _results(report.results)
+    parts += _runs([(r, run) for r in report.results for run in r.runs])
     parts += _section("Failed gates", failed, _failure)
     parts += _section("Warnings", report.warnings, plain)
     parts += ["", f"{report.convert_seconds:.0f} s, {report.peak_rss_mib:.0f} MiB, {plain(report.environment.cpu)}"]
@@ -51,6 +52,51 @@ def _result_row(r: Result) -> str:
         words.speed(r.latency),
         f"{facts.int8_ops} / {facts.float_ops} / {len(facts.fallbacks)}",
         words.match(r),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _runs(runs: Sequence[tuple[Result, DeviceRun]]) -> list[str]:
+    """What happened elsewhere: one row per artifact and address."""
+    if not runs:
+        return []
+    head = [
+        "",
+        "**On devices**",
+        "",
+        "| | Device | Target | Ran at | Against float | As here | p50 | Instructions |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    ordered = sorted(runs, key=lambda pair: run_words.outcome(pair[1]) == "ran")
+    return head + [_run_row(*pair) for pair in ordered[:MOST_ROWS]] + rest(len(ordered))
+
+
+def _run_row(r: Result, run: DeviceRun) -> str:
+    if run.failure is not None or run.drift is None:
+        cells = [
+            "❌",
+            plain(r.device),
+            plain(r.target),
+            plain(run.on),
+            f"failed: {plain(run.failure or '')}",
+            "",
+            "",
+            "",
+        ]
+        return f"| {' | '.join(cells)} |"
+    counted = run.instructions
+    outcome = run_words.outcome(run)
+    here = "–" if run.host is None else "the same bits" if run.host.exact else words.percent(run.host.share_equal)
+    time = f"{words.milliseconds(run.latency.p50_ms)} ({words.speed(run.latency)})" if run.latency else "–"
+    cells = [
+        "✅" if outcome == "ran" else f"❌ {outcome}",
+        plain(r.device),
+        plain(r.target),
+        plain(run.on),
+        words.sqnr(run.drift),
+        here,
+        time if outcome != "void" else "void",
+        "–" if counted is None else f"{run_words.count(counted.all)} {run_words.against_float(counted)}".rstrip(),
     ]
     return f"| {' | '.join(cells)} |"
 

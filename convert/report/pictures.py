@@ -4,12 +4,14 @@ Widths are percentages and text has a fixed size, so that a picture is as readab
 text is escaped here.
 """
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
 from . import words
-from .schema import Drift, Result, Signal
+from .measures import Latency, Stage
+from .schema import Drift, LayerDrift, Result, Signal
 
 _ROW = 40  # pixels from one bar to the next
 _TOP, _BAR = 20, 10  # offset and height of the bar inside its row
@@ -20,7 +22,10 @@ _DB_LEAST, _DB_MOST = 40.0, 80.0  # the dB axis ends between these; more is as g
 
 @dataclass(frozen=True)
 class Bar:
-    """One row: a bar of `share` percent. `marks` are further SVG of the row, at x in percent, drawn at y = 0."""
+    """One row: a bar of `share` percent. `marks` are further SVG of the row, at x in percent, drawn at y = 0.
+
+    `note` is a warning beside the label, `remark` says something there in plain grey.
+    """
 
     label: str
     value: str
@@ -28,39 +33,56 @@ class Bar:
     kind: str = "good"
     note: str = ""
     marks: list[Markup] = field(default_factory=list)
+    remark: str = ""
 
 
 def waterfall(drift: Drift) -> Markup:
-    """SQNR after every stage, one bar each; the pale part of a bar is what this stage lost."""
+    """SQNR after every stage, one bar each; the pale part of a bar is what this stage lost.
+
+    What devices computed follows the artifact's bar, each beside the artifact and not beside the device before it.
+    """
     most = _axis([s.sqnr_db for s in drift.stages])
     jump = drift.first_jump.stage if drift.first_jump else None
     bars, before = [], 100.0
     for stage in drift.stages:
         share = _share(stage, most)
+        if stage.on is not None:
+            bars.append(_device_bar(stage, share, _share(drift.artifact, most)))
+            continue
         lost = [] if share >= before else [_rect(share, before - share, "lost")]
         is_jump = stage.stage == jump
         note = "first jump" if is_jump else ""
         bars.append(Bar(stage.stage, words.sqnr(stage), share, "bad" if is_jump else "good", note, lost))
         before = share
-    return _picture(bars, f"Signal to noise after each stage: {_spoken(bars)}", most)
+    return picture(bars, f"Signal to noise after each stage: {_spoken(bars)}", most)
+
+
+def _device_bar(stage: Stage, share: float, artifact: float) -> Bar:
+    lost = [_rect(share, artifact - share, "lost")] if share < artifact else []
+    note = f"{stage.samples} samples" if stage.samples is not None else ""
+    return Bar(stage.stage, words.sqnr(stage), share, "device", marks=lost, remark=note)
+
+
+def by_drift(drift: Drift) -> list[LayerDrift]:
+    """The layers, worst first."""
+    return sorted(drift.layers, key=lambda layer: (layer.exact, _or_worst(layer), layer.layer))
 
 
 def worst_layers(drift: Drift) -> Markup:
     """The layers with the lowest SQNR, worst first."""
-    ordered = sorted(drift.layers, key=lambda layer: (layer.exact, _or_worst(layer), layer.layer))
-    chosen = ordered[:_MOST_LAYERS]
-    most = _axis([layer.sqnr_db for layer in chosen])
-    named = set(drift.first_jump.worst_layers) if drift.first_jump else set()
-    bars = [Bar(x.layer, words.sqnr(x), _share(x, most), "bad" if x.layer in named else "good") for x in chosen]
-    return _picture(bars, f"Signal to noise of the worst layers: {_spoken(bars)}", most)
+    return layer_bars(by_drift(drift)[:_MOST_LAYERS], drift.first_jump.worst_layers if drift.first_jump else ())
 
 
-def latency(result: Result) -> Markup:
+def layer_bars(layers: Sequence[LayerDrift], named: Container[str] = ()) -> Markup:
+    """One bar per layer, in the order given; red where the layer is `named`."""
+    most = _axis([layer.sqnr_db for layer in layers])
+    bars = [Bar(x.layer, words.sqnr(x), _share(x, most), "bad" if x.layer in named else "good") for x in layers]
+    return picture(bars, f"Signal to noise of the worst layers: {_spoken(bars)}", most)
+
+
+def latency(timed: Latency, recipe: str) -> Markup:
     """Median time of artifact and float twin; the line reaches p99, with ticks at p90 and p99."""
-    timed = result.latency
-    if timed is None:
-        return Markup()
-    rows = [(result.recipe, timed.p50_ms, timed.p90_ms, timed.p99_ms)]
+    rows = [(recipe, timed.p50_ms, timed.p90_ms, timed.p99_ms)]
     if timed.float_p50_ms and timed.float_p90_ms and timed.float_p99_ms:
         rows.append(("float", timed.float_p50_ms, timed.float_p90_ms, timed.float_p99_ms))
     longest = max(row[3] for row in rows)
@@ -71,7 +93,7 @@ def latency(result: Result) -> Markup:
         whisker = _whisker(*(97 * value / longest for value in (p50, p90, p99)))
         note = "" if timed.stable else "unstable"
         bars.append(Bar(label, words.milliseconds(p50), 97 * p50 / longest, kind, note, [whisker]))
-    return _picture(bars, f"Median time of one call: {_spoken(bars)}")
+    return picture(bars, f"Median time of one call: {_spoken(bars)}")
 
 
 def sizes(result: Result) -> Markup:
@@ -82,7 +104,7 @@ def sizes(result: Result) -> Markup:
         Bar(result.recipe, words.size(result.bytes), 100 * result.bytes / most, kind),
         Bar("float", words.size(result.float_bytes), 100 * result.float_bytes / most, "float"),
     ]
-    return _picture(bars, f"Size on disk: {_spoken(bars)}")
+    return picture(bars, f"Size on disk: {_spoken(bars)}")
 
 
 def placement(result: Result) -> Markup:
@@ -95,10 +117,11 @@ def placement(result: Result) -> Markup:
     rest = [_rect(share, 100 - share, "float")] if facts.float_ops else []
     narrow = f"{facts.int8_ops} in {facts.narrow}"
     bar = Bar(narrow, f"{facts.float_ops} in float", share, "good", "", rest)
-    return _picture([bar], f"Operators: {narrow}, {facts.float_ops} in float")
+    return picture([bar], f"Operators: {narrow}, {facts.float_ops} in float")
 
 
-def _picture(bars: list[Bar], title: str, decibels: float | None = None) -> Markup:
+def picture(bars: list[Bar], title: str, decibels: float | None = None) -> Markup:
+    """The bars below each other, described by `title`; over a grid that ends at so many decibels, where given."""
     rows = Markup().join(_row(index * _ROW, bar) for index, bar in enumerate(bars))
     height = len(bars) * _ROW
     grid = Markup()
@@ -113,6 +136,8 @@ def _picture(bars: list[Bar], title: str, decibels: float | None = None) -> Mark
 def _row(y: int, bar: Bar) -> Markup:
     label = Markup("<title>{}</title>{}").format(bar.label, _shortened(bar.label))
     note = Markup('<tspan class="note" dx="8">{}</tspan>').format(bar.note) if bar.note else Markup()
+    if bar.remark:
+        note += Markup('<tspan class="tick" dx="8">{}</tspan>').format(bar.remark)
     text = Markup('<text class="label" x="0" y="13">{}{}</text>').format(label, note)
     value = Markup('<text class="value" x="100%" y="13" text-anchor="end">{}</text>').format(bar.value)
     track = Markup('<rect class="track" x="0" y="{}" width="100%" height="{}" rx="2"/>').format(_TOP, _BAR)

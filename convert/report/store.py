@@ -41,13 +41,18 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """The report in `path`; raises TightfitError when it is missing, no JSON, of another version, or malformed."""
+    """The report in `path`; raises TightfitError when it is missing, of another kind or version, or malformed."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TightfitError(f"cannot read the report {path}: {error.strerror or error}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise TightfitError(f"{path} is not a report: {error}. Run `tightfit convert` again to make one.") from error
+    if isinstance(data, dict) and data.get("kind") == "across":
+        raise TightfitError(
+            f"{path} compares several conversions; `tightfit report` made it. Name the folders that `tightfit convert` "
+            "wrote instead."
+        )
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise TightfitError(

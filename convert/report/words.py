@@ -17,12 +17,12 @@ def size(count: int) -> str:
         if value < 999.5:
             break
         value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{_three_digits(value)} {unit}"
+    return f"{count} B" if unit == "B" else f"{three_digits(value)} {unit}"
 
 
 def milliseconds(value: float) -> str:
     """A time with three digits: "0.642 ms"; microseconds under a hundredth of a millisecond."""
-    return f"{_three_digits(value * 1000)} µs" if value < 0.01 else f"{_three_digits(value)} ms"
+    return f"{three_digits(value * 1000)} µs" if value < 0.01 else f"{three_digits(value)} ms"
 
 
 def percent(share: float) -> str:
@@ -56,12 +56,18 @@ def match(result: Result) -> str:
 
 
 def result_failed(result: Result) -> bool:
-    """True when a gate failed, the artifact does not compute what its simulation does, or float is faster."""
+    """True when a gate failed, float is faster, or the artifact does not compute what its simulation does."""
     return any(not gate.passed for gate in result.gates) or not result.match.within_one_step or slower(result)
 
 
 def slower(result: Result) -> bool:
-    """True when an artifact that is to be smaller or faster than float was measured slower, in its own runtime."""
+    """True when an artifact that is to be smaller or faster than float was measured slower, in its own runtime.
+
+    Times of a device, where there are any, count in place of those of this machine.
+    """
+    there = [run.latency for run in result.runs if run.latency is not None and run.on != "local"]
+    if there:
+        return any(latency.stable and latency.surely_slower for latency in there)
     latency = result.latency
     same = result.recipe.endswith("float32") and result.tokens is None  # as float: a time apart is noise
     if latency is None or not latency.stable or same or elsewhere(result):
@@ -95,6 +101,7 @@ def verdict(report: Report) -> str:
     return f"{'The' if total == 1 else 'All'} {'' if total == 1 else f'{total} '}{noun} passed every gate"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """A number with three digits or so: "0.642", "12.3", "312"."""
     places = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
     return f"{value:.{places}f}"

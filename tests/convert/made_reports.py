@@ -74,8 +74,18 @@ def result(**changes: Any) -> dict[str, Any]:
             "share_equal": 1.0,
             "reason": "",
         },
-        "accuracy": {"float": 0.9195, "artifact": 0.918, "samples": 2000, "classes": 10},
+        "accuracy": {
+            "float": 0.9195,
+            "artifact": 0.918,
+            "samples": 2000,
+            "classes": 10,
+            "per_class": [
+                {"label": 3, "samples": 200, "agreement": 0.7, "float": 0.95, "artifact": 0.7},
+                {"label": 4, "samples": 200, "agreement": 0.99, "float": 0.9, "artifact": 0.92},
+            ],
+        },
         "latency": latency(),
+        "instructions": instructions(),
         "placement": {
             "int8_ops": 31,
             "float_ops": 1,
@@ -90,6 +100,41 @@ def result(**changes: Any) -> dict[str, Any]:
             {"step": "fold-batch-norm", "layer": "stem.conv", "action": "folded", "reason": ""},
             {"step": "int8", "layer": "softmax", "action": "left alone", "reason": "not a layer with weights"},
         ],
+    }
+    return facts | changes
+
+
+def instructions(**changes: Any) -> dict[str, Any]:
+    facts = {
+        "where": "emulated:raspberry-pi-4b",
+        "all": 12_345_678,
+        "simd": 9_000_000,
+        "dot": 0,
+        "mla": 4_000_000,
+        "fmla": 1_000,
+        "load_store": 2_500_000,
+        "branch": 300_000,
+        "inferences": 3,
+        "spread": 0.0002,
+        "float_all": 30_000_000,
+    }
+    return facts | changes
+
+
+def device_run(on: str = "emulated:raspberry-pi-4b", emulated: bool = True, **changes: Any) -> dict[str, Any]:
+    """What a result did at an address, as the JSON has it, with these fields changed."""
+    facts = {
+        "on": on,
+        "machine": "Raspberry Pi 4 Model B Rev 1.5",
+        "emulated": emulated,
+        "executor": "LiteRT 2.3.0 (XNNPACK, 1 thread)",
+        "samples": 32,
+        "drift": stage(f"on {on}", 25.5, on=on, samples=32),
+        "host": {"exact": False, "share_equal": 0.994, "max_abs": 0.11},
+        "latency": None,
+        "latency_note": "emulated: its time says nothing about the device" if emulated else "not asked for",
+        "instructions": instructions(where=on) if emulated else None,
+        "facts": {"kernel": "6.6.51", "python": "3.11.2"},
     }
     return facts | changes
 

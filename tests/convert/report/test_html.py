@@ -171,7 +171,7 @@ def test_chromium_shows_the_numbers_and_draws_every_picture(tmp_path: Path) -> N
     page = tmp_path / "report.html"
     page.write_text(html(slow_and_unmeasured()), encoding="utf-8")
     dom = chromium(page, "--dump-dom")
-    assert dom.count('<svg class="picture"') == 9  # five pictures, four where there is no latency
+    assert dom.count('<svg class="picture"') == 11  # six pictures, five where there is no latency
     assert "0.83x, slower" in dom
     shot = tmp_path / "shot.png"
     chromium(page, "--window-size=1200,1600", "--hide-scrollbars", f"--screenshot={shot}")
