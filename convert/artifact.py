@@ -13,7 +13,6 @@ from convert.automatic import improve
 from convert.compress import Compressed
 from convert.errors import TightfitError
 from convert.evaluation import Judged, judge
-from convert.gates import evaluate
 from convert.latency import measure
 from convert.options import Run
 from convert.planning import AUTO_FLOOR_DB, Decision, decide
@@ -43,7 +42,7 @@ class Lowered:
 
 def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> schema.Result:
     """Compress, lower, run, compare and time one artifact."""
-    options, captured = run.options, run.captured
+    captured = run.captured
     target = targets.find(target_name)
     home = run.folder / profile.name
     home.mkdir(exist_ok=True)
@@ -58,7 +57,6 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     result = _result(
         run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
     )
-    result = result.model_copy(update={"gates": tuple(evaluate(result, options.budget))})
     _manifest(run, home, result, path, kept_twin)
     run.builder.forget_trials(made.decision.plan.steps)
     return result

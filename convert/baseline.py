@@ -13,7 +13,8 @@ EXACT_DB = 120.0  # differences above this SQNR are float32 rounding; "exact" co
 class Tolerances:
     """How much worse than the baseline a result may be.
 
-    `sqnr_db` in dB, `accuracy` and `agreement` as shares, `size` as a share of the old bytes, `fallbacks` as a count.
+    `sqnr_db` in dB, `accuracy` and `agreement` as shares, `size` as a share of the old bytes, `fallbacks` as a count,
+    `instructions` as a share of the old count at the same emulated board.
     """
 
     sqnr_db: float = 1.0
@@ -21,6 +22,7 @@ class Tolerances:
     agreement: float = 0.005
     size: float = 0.05
     fallbacks: int = 0
+    instructions: float = 0.02
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -72,6 +74,10 @@ def _verdicts(after: Result, before: Result, allowed: Tolerances) -> list[GateRe
         ("bytes", after.bytes, before.bytes, allowed.size * before.bytes, False),
         ("fallbacks", _fallbacks(after), _fallbacks(before), allowed.fallbacks, False),
     ]
+    rows += [
+        (f"instructions on {where}", _counted(after).get(where), then, allowed.instructions * then, False)
+        for where, then in _counted(before).items()
+    ]
     return [
         _verdict(f"baseline_{name}", now, then, slack, higher_is_better, after.subject)
         for name, now, then, slack, higher_is_better in rows
@@ -106,6 +112,12 @@ def _accuracy(result: Result) -> float | None:
 
 def _agreement(result: Result) -> float | None:
     return result.drift.artifact.top1_agreement
+
+
+def _counted(result: Result) -> dict[str, float]:
+    """Instructions per inference by the board that they were counted on."""
+    counts = [run.instructions for run in result.runs] + [result.instructions]
+    return {found.where: float(found.all) for found in counts if found is not None}
 
 
 def _fallbacks(result: Result) -> float:

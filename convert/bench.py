@@ -1,6 +1,6 @@
-"""How long one artifact takes on this machine, in turns with its float twin."""
+"""How long one artifact takes, here or on devices, in turns with its float twin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -10,11 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import targets
 from calibrate.samples import Array, Batch, InputSpec
+from convert.drift import classifies
 from convert.errors import MissingDependency, TightfitError
 from convert.latency import measure
+from convert.on_device import Subject, refuse_unreachable, run_everywhere
 from convert.progress import Progress
-from convert.record import MANIFEST, REFERENCE, ManifestArtifact, first_inputs, read_manifest
+from convert.record import MANIFEST, REFERENCE, ManifestArtifact, first_inputs, read_manifest, samples_of
+from convert.report.runs import DeviceRun
 from convert.report.schema import Latency
+from convert.rerun import in_batches
+from targets.errands import Timing
 from targets.errors import MissingRuntime
 
 STORED = "the stored reference samples"
@@ -33,6 +38,7 @@ class BenchResult(BaseModel):
     inputs: str = Field(description="What it ran on, in words.")
     latency: Latency | None
     note: str | None = None
+    runs: tuple[DeviceRun, ...] = Field(default=(), description="What it did at the addresses asked for.")
 
     @model_validator(mode="after")
     def _missing_latency_is_explained(self) -> Self:
@@ -42,9 +48,15 @@ class BenchResult(BaseModel):
 
 
 def bench(
-    artifact: Path, float_: Path | None, *, runs: int, seconds: float, threads: int, progress: Progress
+    artifact: Path,
+    float_: Path | None,
+    timing: Timing,
+    *,
+    on: Sequence[str] = (),
+    threads: int,
+    progress: Progress,
 ) -> BenchResult:
-    """Time `artifact`, and in turns with it its float twin, each at least `runs` calls and `seconds` seconds.
+    """Time `artifact`, and in turns with it its float twin, as `timing` says: here, or at the addresses in `on`.
 
     The twin is `float_`, else what the manifest beside the artifact names, else float/<its name>. Inputs are the
     stored reference samples of the conversion, else random. Raises TightfitError for a file that is missing, damaged
@@ -53,10 +65,25 @@ def bench(
     target = _target(artifact)
     entry = _entry(artifact)
     twin, note = _twin(artifact, float_, entry)
+    if timing.sustained_minutes and not on:
+        raise TightfitError("--sustained watches a device get warm: give it with --on, --on local for this machine.")
+    refuse_unreachable(on, [artifact.suffix])
     progress.stage(f"load {artifact.name}")
     session = _open(target, artifact, threads)
     batch, inputs = _inputs(artifact, entry, session)
     run = _bound(session, batch, artifact)
+    if on:
+        subject = _subject(artifact, twin, entry, session, batch, threads)
+        found = run_everywhere(on, {"": subject}, threads=threads, timing=timing, progress=progress)[""]
+        return BenchResult(
+            artifact=str(artifact),
+            float_artifact=None if twin is None else str(twin),
+            executor=session.executor,
+            inputs=inputs,
+            latency=None,
+            note="not timed here, but where --on says",
+            runs=tuple(found),
+        )
     facts = {"artifact": str(artifact), "executor": session.executor, "inputs": inputs}
     if not session.measures_latency:
         why = f"not measured: {session.executor} shows numerics, its time says nothing about the device"
@@ -66,8 +93,8 @@ def bench(
     latency = measure(
         run,
         float_run,
-        min_runs=runs,
-        min_seconds=seconds,
+        min_runs=timing.min_runs,
+        min_seconds=timing.min_seconds,
         threads=threads,
         progress=lambda share: progress.advance(round(share * 100), 100, "%"),
     )
@@ -135,6 +162,23 @@ def _bound(session: targets.Session, batch: Batch, path: Path) -> Callable[[], o
     except Exception as error:  # as above
         raise TightfitError(f"{path} does not run: {error}") from error
     return run
+
+
+def _subject(
+    artifact: Path, twin: Path | None, entry: _Entry | None, session: targets.Session, batch: Batch, threads: int
+) -> Subject:
+    """What is carried to devices: with the conversion's samples and float outputs where there are any.
+
+    Without them the float twin, run here, says what is right, and where there is none either, the artifact itself.
+    """
+    size = len(next(iter(batch.values())))
+    if entry is not None and (entry.out / REFERENCE).is_file():
+        inputs, expected = samples_of(entry.out, entry.manifest)
+    else:
+        reference = session if twin is None else _open(_target(twin), twin, threads)
+        inputs, expected = batch, reference.run(batch)
+    outputs = in_batches(session, inputs, size)
+    return Subject(artifact, twin, size, inputs, expected, outputs, classifies(expected, None))
 
 
 def _inputs(artifact: Path, entry: _Entry | None, session: targets.Session) -> tuple[Batch, str]:

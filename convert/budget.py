@@ -7,6 +7,8 @@ min_sqnr_db = 20
 max_p50_ms = 15
 [device.raspberry-pi-4b.onnx]
 min_speedup = false                      # false switches a gate off
+[on."ssh://pi@kitchen"]                  # what is measured at an address, with --on
+max_p50_ms = 20
 """
 
 import difflib
@@ -39,7 +41,7 @@ def read_budget(path: Path) -> Budget:
 
 
 def _budget(data: dict[str, Any]) -> Budget:
-    known = ("version", "gates", "device")
+    known = ("version", "gates", "device", "on")
     for key in data:
         if key not in known:
             raise TightfitError(f"there is no section '{key}'; {_nearest(key, known)}")
@@ -53,7 +55,9 @@ def _budget(data: dict[str, Any]) -> Budget:
         for target, limits in own.items():
             if isinstance(limits, dict):
                 targets[device, _target(target)] = _limits(limits)
-    return Budget(_limits(_table(data.get("gates", {}), "gates")), devices, targets)
+    on = _table(data.get("on", {}), "on")
+    places = {address: _limits(_table(limits, f"on.{address}")) for address, limits in on.items()}
+    return Budget(_limits(_table(data.get("gates", {}), "gates")), devices, targets, places)
 
 
 def _limits(section: dict[str, Any]) -> dict[str, float | None]:

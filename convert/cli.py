@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from convert.cli_emulator import app as emulator
+
 app = typer.Typer(
     name="tightfit",
     no_args_is_help=True,
@@ -19,6 +21,7 @@ app = typer.Typer(
     "Start with `tightfit demo`, then `tightfit convert --help`.",
     epilog="Exit codes: 0 good, 1 a gate failed, 2 bad input or usage, 3 something is not installed.",
 )
+app.add_typer(emulator, name="emulator")
 
 Device = Annotated[
     list[str] | None,
@@ -31,6 +34,14 @@ Input = Annotated[
     typer.Option("--input", metavar="SPEC", help="Such as x:float32:1x3x32x32; repeatable."),
 ]
 Python = Annotated[Path | None, typer.Option(metavar="PATH", help="Interpreter for module:function.")]
+On = Annotated[
+    list[str] | None,
+    typer.Option("--on", metavar="ADDR", help="Run there too: emulated:BOARD, ssh://HOST, adb:; repeatable."),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer timed calls.")]
+MaxInstructions = Annotated[
+    int | None, typer.Option("--max-instructions", min=1, metavar="N", help="Gate: per inference, on emulated boards.")
+]
 Threads = Annotated[int, typer.Option(min=1, metavar="N", show_default=False, help="Threads to use (1).")]
 
 
@@ -74,6 +85,9 @@ def convert(
     min_sqnr: Annotated[float | None, typer.Option(metavar="DB", help="Gate: signal to noise ratio.")] = None,
     min_agreement: Annotated[float | None, typer.Option(metavar="P", help="Gate: equal top-1, from 0 to 1.")] = None,
     max_fallback: Annotated[int | None, typer.Option(metavar="N", help="Gate: layers that fell back.")] = None,
+    on: On = None,
+    quick: Quick = False,
+    max_instructions: MaxInstructions = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="No data: random numbers, marked.")] = False,
     weights: Weights = None,
     input_: Input = None,
@@ -99,6 +113,7 @@ def convert(
         "max_fallbacks": max_fallback,
         "max_bytes": None if budget_mib is None else int(budget_mib * 2**20),
         "max_p50_ms": budget_ms,
+        "max_instructions": max_instructions,
     }
     options = Options(
         model=model,
@@ -125,6 +140,8 @@ def convert(
         budget_ms=budget_ms,
         keep=keep,
         max_drop=max_drop,
+        on=_split(on),
+        quick=quick,
         budget=Budget().with_limits(**gates),
         command=_command(),
     )
@@ -149,6 +166,12 @@ def check(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the Markdown goes (OUT/check.md).")
     ] = None,
+    on: On = None,
+    quick: Quick = False,
+    max_instructions: MaxInstructions = None,
+    max_instruction_regression: Annotated[
+        str | None, typer.Option(metavar="P%", help="Gate: growth against --baseline (2%).")
+    ] = None,
     threads: Threads = 1,
     json: Json = False,
 ) -> None:
@@ -157,7 +180,18 @@ def check(
     from convert.console import show_gates, working
 
     with working(quiet=json) as progress:
-        gates = run(out, budget, baseline, self_test=self_test, threads=threads, progress=progress)
+        gates = run(
+            out,
+            budget,
+            baseline,
+            self_test=self_test,
+            threads=threads,
+            progress=progress,
+            on=_split(on),
+            quick=quick,
+            max_instructions=max_instructions,
+            instruction_regression=_share(max_instruction_regression),
+        )
     passed = show_gates(gates, out, junit, markdown, json)
     if not passed:
         raise typer.Exit(1)
@@ -170,18 +204,48 @@ def bench(
         Path | None,
         typer.Option("--float", metavar="FILE", help="The float twin (found beside the artifact by itself)."),
     ] = None,
-    runs: Annotated[int, typer.Option(min=20, help="At least so many runs of each.")] = 100,
+    runs: Annotated[
+        int | None, typer.Option(min=20, metavar="N", help="At least so many runs of each (1024; --quick: 100).")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="At least so long for each.")] = 2.0,
+    on: On = None,
+    quick: Quick = False,
+    sustained: Annotated[
+        float, typer.Option(min=0, metavar="MIN", show_default=False, help="Go on so many minutes, for heat.")
+    ] = 0.0,
     threads: Threads = 1,
     json: Json = False,
 ) -> None:
-    """Latency of an artifact here, in turns with its float twin."""
+    """Latency of an artifact, in turns with its float twin: here, or on devices."""
     from convert.bench import bench as run
     from convert.console import show_bench, working
+    from targets.errands import Timing
 
+    timing = Timing(min_runs=runs or (100 if quick else 1024), min_seconds=seconds, sustained_minutes=sustained)
     with working(quiet=json) as progress:
-        found = run(artifact, float_, runs=runs, seconds=seconds, threads=threads, progress=progress)
+        found = run(artifact, float_, timing, on=_split(on), threads=threads, progress=progress)
     show_bench(found, artifact, json)
+    if any(there.failure for there in found.runs):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: tightfit report out-pi out-phones --budget budget.toml -o across")
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `tightfit convert` wrote.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FOLDER", show_default=False, help="Where (./tightfit-report).")
+    ] = Path("tightfit-report"),
+    budget: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Limits (TOML), instead of each report's own gates.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare several conversions; the oldest first."""
+    from convert.report.across.build import across
+    from convert.report.across.terminal import show
+
+    show(across(folders, out, budget, force=force, command=_command()), out, json)
 
 
 @app.command(epilog="Example: tightfit inspect model.onnx --device coral-edgetpu")
@@ -281,6 +345,21 @@ def _effort(level: str) -> Literal["fast", "normal", "max"]:
         case "fast" | "normal" | "max":
             return level
     raise TightfitError(f"--effort {level} means nothing here; there are fast, normal and max.")
+
+
+def _share(text: str | None) -> float | None:
+    """A share of 1 from "2%" or "0.02"."""
+    from convert.errors import TightfitError
+
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise TightfitError(f"--max-instruction-regression {text} is no share: write 2% or 0.02.")
+    return value
 
 
 def _split(values: list[str] | None) -> tuple[str, ...]:

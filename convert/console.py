@@ -19,6 +19,8 @@ from convert.progress import Progress, Silent
 if TYPE_CHECKING:
     from convert.bench import BenchResult
     from convert.inspection import Inspection
+    from convert.report.measures import Latency
+    from convert.report.runs import DeviceRun
     from convert.report.schema import GateResult, Report, Result
 
 out = Console(highlight=False)
@@ -116,11 +118,12 @@ def _print_results(report: "Report") -> None:
     out.print(results_table(report))
     if any(r.latency is None for r in report.results):
         out.print("[dim]not timed: nothing on this machine runs it as the device would[/dim]")
+    _print_runs(report)
     for warning in report.warnings:
         out.print(f"[yellow]![/yellow] {escape(warning)}")
     from convert.report import words
 
-    gates = [(result.subject, gate) for result in report.results for gate in result.gates]
+    gates = [(gate.subject or result.subject, gate) for result in report.results for gate in result.gates]
     failed = [(subject, gate) for subject, gate in gates if not gate.passed]
     for subject, gate in failed:
         out.print(f"[red]gate failed[/red] {escape(subject)}: {gate.gate}: {escape(gate.reason)}")
@@ -143,6 +146,43 @@ def results_table(report: "Report") -> Table:
     for result in report.results:
         table.add_row(*_row(result, labelled))
     return table
+
+
+def _print_runs(report: "Report") -> None:
+    """One line for everything that ran elsewhere."""
+    for result in report.results:
+        for run in result.runs:
+            out.print(f"[bold]{escape(result.subject)}[/bold] on {escape(run.on)}: {escape(run_line(run))}")
+
+
+def run_line(run: "DeviceRun") -> str:
+    """What one run showed, in a line."""
+    if run.failure is not None or run.drift is None:
+        return f"failed: {run.failure}"
+    parts = ["exact against float" if run.drift.exact else f"{_decibels(run.drift.sqnr_db)} against float"]
+    if run.host is not None:
+        equal = "the same bits as here" if run.host.exact else f"{run.host.share_equal:.2%} of the values as here"
+        parts.append(equal)
+    if run.instructions is not None:
+        count = run.instructions
+        beside = "" if count.float_all is None else f", {count.all / count.float_all:.2f} of float's"
+        dots = "" if count.dot is None else f", {count.dot:,} dot products"
+        parts.append(f"{count.all:,} instructions{beside}{dots}")
+    if run.latency is not None:
+        speed = "" if run.latency.speedup is None else f", {run.latency.speedup:.2f}x of float's speed"
+        parts.append(f"p50 {run.latency.p50_ms:.3f} ms{speed}")
+    elif not run.emulated:
+        parts.append(f"not timed: {run.latency_note}")
+    return "; ".join(parts)
+
+
+def _decibels(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1f} dB"
+
+
+def say(text: str) -> None:
+    """One line of plain words."""
+    out.print(escape(text))
 
 
 def _row(result: "Result", labelled: bool) -> list[str]:
@@ -227,10 +267,23 @@ def show_bench(found: "BenchResult", artifact: Path, json: bool) -> None:
         print_json(found.model_dump(mode="json"))
         return
     out.print(f"[bold]{escape(str(artifact))}[/bold] on {escape(found.executor)}, input: {escape(found.inputs)}")
+    for run in found.runs:
+        out.print(f"on {escape(run.on)} ({escape(run.machine or 'no word on what it is')}, {escape(run.executor)}):")
+        out.print(Padding(escape(run_line(run)), (0, 0, 0, 2)))
+        if run.latency is not None:
+            _print_latency(run.latency)
+        for warning in run.warnings:
+            out.print(f"[yellow]![/yellow] {escape(warning)}")
     latency = found.latency
     if latency is None:
-        out.print(escape(found.note or ""))
+        if not found.runs:
+            out.print(escape(found.note or ""))
         return
+    _print_latency(latency)
+
+
+def _print_latency(latency: "Latency") -> None:
+    """Times of artifact and float, the ratio, and where they were taken."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in ("p50 ms", "p90 ms", "p99 ms", "variation", "runs"):

@@ -45,7 +45,8 @@ class Judged:
     samples: int = 0
     correct_float: int = 0
     correct_artifact: int = 0
-    class_agreement: dict[int, tuple[int, int]] = field(default_factory=dict)
+    # by class: samples, those on which float and artifact agree, those float has right, those the artifact has right
+    per_class: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     labelled: bool = False
     classes: int = 0
 
@@ -181,8 +182,9 @@ def _count(judged: Judged, expected: Batch, got: Batch, labels: NDArray | None) 
     judged.correct_artifact += int((found == labels).sum())
     for label in np.unique(labels):
         here = labels == label
-        seen, same = judged.class_agreement.get(int(label), (0, 0))
-        judged.class_agreement[int(label)] = (seen + int(here.sum()), same + int((wanted[here] == found[here]).sum()))
+        now = (here.sum(), (wanted == found)[here].sum(), (wanted == label)[here].sum(), (found == label)[here].sum())
+        seen, same, right, kept = judged.per_class.get(int(label), (0, 0, 0, 0))
+        judged.per_class[int(label)] = (seen + int(now[0]), same + int(now[1]), right + int(now[2]), kept + int(now[3]))
 
 
 def _quantizes_activations(graph: GraphModule) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .errors import TightfitError
+from .report.runs import DeviceRun
 from .report.schema import Accuracy, GateResult, Latency, Result
 
 FLOOR_FACTOR = 1.5  # a classifier at or under 1.5 times chance is taken for one that guesses
@@ -80,6 +81,26 @@ def _accuracy_drop(result: Result) -> Measured | str:
     return _plain(round(result.accuracy.float_ - result.accuracy.artifact, 12))
 
 
+def _class_drop(result: Result) -> Measured | str:
+    if result.accuracy is None:
+        return "no accuracy was measured: give labels"
+    drops = [
+        (round(c.float_ - c.artifact, 12), c)
+        for c in result.accuracy.per_class
+        if c.float_ is not None and c.artifact is not None
+    ]
+    if not drops:
+        return "the report has no accuracy class by class: convert again"
+    drop, worst = max(drops, key=lambda pair: pair[0])
+    return _plain(drop, f"class {worst.label}, of {worst.samples} samples")
+
+
+def _instructions(result: Result) -> Measured | str:
+    if result.instructions is None:
+        return "no instructions were counted: give --on emulated:raspberry-pi-4b, or another emulated board"
+    return _plain(result.instructions.all, f"counted at {result.instructions.where}")
+
+
 def _latency(result: Result, value: Callable[[Latency], Measured | str]) -> Measured | str:
     if result.latency is None:
         return f"no latency was measured: {result.latency_note}"
@@ -129,6 +150,16 @@ _ALL = (
         low_fits=True,
         hint=_ACCURACY_HINT,
     ),
+    Gate(
+        "max_class_drop",
+        "the largest loss of accuracy in one class",
+        False,
+        0,
+        0.9,
+        _class_drop,
+        low_fits=True,
+        hint="It is a share of the class's samples: 0.05 is five percentage points.",
+    ),
     Gate("min_speedup", "float p50 / artifact p50", True, 0, 1000, _speedup),
     Gate(
         "max_fallbacks",
@@ -152,6 +183,7 @@ _ALL = (
     Gate("max_p50_ms", "the median latency in ms", False, 0, 1e7, _percentile("p50_ms")),
     Gate("max_p90_ms", "the 90th percentile of latency in ms", False, 0, 1e7, _percentile("p90_ms")),
     Gate("max_p99_ms", "the 99th percentile of latency in ms", False, 0, 1e7, _percentile("p99_ms")),
+    Gate("max_instructions", "instructions per inference, emulated", False, 0, 1e15, _instructions, whole=True),
     Gate(
         "require_match",
         "whether the artifact computes what the simulation does, within one output step (1: it does)",
@@ -171,16 +203,17 @@ Limits = Mapping[str, float | None]
 class Budget:
     """Limits by gate name: for all results, for a device, for a target on a device. None switches a gate off.
 
-    The closest one counts. Names and limits are checked here:
-    raises TightfitError for an unknown gate or a limit that does not fit.
+    The closest one counts. `on` holds limits on what is measured at an address, apart from those on this machine.
+    Names and limits are checked here: raises TightfitError for an unknown gate or a limit that does not fit.
     """
 
     gates: Limits = field(default_factory=dict)
     devices: Mapping[str, Limits] = field(default_factory=dict)
     targets: Mapping[tuple[str, str], Limits] = field(default_factory=dict)
+    on: Mapping[str, Limits] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for limits in (self.gates, *self.devices.values(), *self.targets.values()):
+        for limits in (self.gates, *self.devices.values(), *self.targets.values(), *self.on.values()):
             for name, limit in limits.items():
                 gate = find(name)
                 if limit is not None:
@@ -235,7 +268,50 @@ def evaluate(result: Result, budget: Budget) -> list[GateResult]:
     for name, limit in budget.limits(result.device, result.target).items():
         _refuse_floor(name, limit, result)
         verdicts.append(judge(GATES[name], limit, result))
+    verdicts += [_ran(result, run) for run in result.runs]
+    for address, limits in budget.on.items():
+        verdicts += _verdicts_on(result, address, limits)
     return verdicts
+
+
+def _ran(result: Result, run: DeviceRun) -> GateResult:
+    """Whether the artifact ran at an address at all: asking for a run there is a gate of its own."""
+    subject = f"{result.subject} on {run.on}"
+    passed = run.failure is None
+    return GateResult(
+        gate="runs", limit=1, value=float(passed), passed=passed, reason=run.failure or "", subject=subject
+    )
+
+
+def _verdicts_on(result: Result, address: str, limits: Limits) -> list[GateResult]:
+    """The limits on what is measured at `address`; where nothing was measured there, all of them fail."""
+    run = next((run for run in result.runs if run.on == address), None)
+    subject = f"{result.subject} on {address}"
+    verdicts = []
+    for name in (name for name in GATES if limits.get(name) is not None):
+        limit = float(limits[name] or 0.0)
+        if run is None or run.failure is not None:
+            why = f"it did not run there; give --on {address}" if run is None else "it failed there"
+            found = GateResult(gate=name, limit=limit, value=None, passed=False, reason=f"not measured: {why}")
+        else:
+            _refuse_floor(name, limit, result)
+            found = judge(GATES[name], limit, at(result, run))
+        verdicts.append(found.model_copy(update={"subject": subject}))
+    return verdicts
+
+
+def at(result: Result, run: DeviceRun) -> Result:
+    """The result as if its numbers here were those of `run`: what gates on an address judge."""
+    assert run.drift is not None, "a run that failed has no numbers to judge"
+    stage = run.drift.model_copy(update={"on": None})
+    return result.model_copy(
+        update={
+            "drift": result.drift.model_copy(update={"stages": (stage,), "first_jump": None}),
+            "latency": run.latency,
+            "latency_note": run.latency_note,
+            "instructions": run.instructions,
+        }
+    )
 
 
 def judge(gate: Gate, limit: float, result: Result) -> GateResult:
@@ -246,7 +322,8 @@ def judge(gate: Gate, limit: float, result: Result) -> GateResult:
         return GateResult(gate=gate.name, limit=limit, value=None, passed=False, reason=reason, subject=result.subject)
     passed = measured.judged >= limit if gate.at_least else measured.judged <= limit
     wanted = "at least" if gate.at_least else "at most"
-    reason = measured.note or ("" if passed else f"{measured.value:.6g}, wanted {wanted} {limit:g}")
+    missed = "" if passed else f"{measured.value:.10g}, wanted {wanted} {limit:g}"
+    reason = "; ".join(part for part in (measured.note, missed) if part)
     value = measured.value if math.isfinite(measured.value) else None
     return GateResult(gate=gate.name, limit=limit, value=value, passed=passed, reason=reason, subject=result.subject)
 

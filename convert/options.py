@@ -44,6 +44,8 @@ class Options:
     keep: float | None = None  # mean share of tokens, for recipes that prune
     max_drop: float | None = None  # percent of the answers that may change, likewise
     budget: Budget = field(default_factory=Budget)
+    on: tuple[str, ...] = ()  # addresses where artifacts run besides this machine
+    quick: bool = False  # fewer timed calls there
     command: str = "tightfit convert"
 
 

@@ -58,6 +58,11 @@ class Reference:
         for name, array in batch.items():
             self.arrays.setdefault(f"{prefix}/{name}", []).append(np.asarray(array))
 
+    def get(self, prefix: str) -> Batch:
+        """What was added under `prefix`, {name: [samples, ...]}."""
+        own = {k: v for k, v in self.arrays.items() if k.startswith(f"{prefix}/")}
+        return {k.removeprefix(f"{prefix}/"): np.concatenate(v) for k, v in own.items()}
+
     def write(self, path: Path) -> None:
         """Write a compressed .npz."""
         np.savez_compressed(path, **{k: np.concatenate(v) for k, v in sorted(self.arrays.items())})

@@ -16,6 +16,7 @@ from convert.capture import Captured, capture
 from convert.compress import Builder
 from convert.data import hold_out, open_data, peek, synthetic_data
 from convert.errors import MissingDependency, TightfitError, user_errors
+from convert.on_device import judged, on_devices, refuse_unreachable
 from convert.options import Options, Run, Samples
 from convert.out_folder import written_whole
 from convert.progress import Progress, Silent
@@ -36,6 +37,7 @@ def convert(options: Options, progress: Progress | None = None) -> schema.Report
     pairs = _pairs(options)
     refuse_contradictions(options)
     _refuse_missing(sorted({t for _, t in pairs}))
+    refuse_unreachable(options.on, [targets.find(t).suffix for _, t in pairs])
     import torch
 
     torch.set_num_threads(options.threads)
@@ -48,6 +50,7 @@ def convert(options: Options, progress: Progress | None = None) -> schema.Report
             progress.stage(f"{profile.name} / {target} ({number} of {len(pairs)})")
             with user_errors(f"{options.model} for {profile.name} ({target})"):
                 results.append(make(run, profile, target, first=number == 1))
+        results = judged(on_devices(run, results), options.budget)
         run.reference.write(folder / "reference.npz")
         shutil.rmtree(work)
         report = _report(run, results, time.perf_counter() - started)

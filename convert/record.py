@@ -118,6 +118,13 @@ def first_inputs(out: Path, entry: ManifestArtifact) -> Batch:
     return batch
 
 
+def samples_of(out: Path, entry: ManifestArtifact) -> tuple[Batch, Batch]:
+    """All stored inputs of an artifact and the float model's outputs for them; raises TightfitError when damaged."""
+    arrays = _reference(out / REFERENCE)
+    inputs = {i.name: _array(arrays, f"input/{i.name}") for i in entry.inputs}
+    return inputs, {name: _array(arrays, f"float/{name}") for name in entry.outputs}
+
+
 def _refuse_foreign(out: Path) -> None:
     if (out / REPORT).is_file():
         return

@@ -48,7 +48,7 @@ def rerun(recorded: Recorded, threads: int) -> Rerun:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # ONNX Runtime prints on stdout when a load fails
             session = target.open(recorded.path, threads=threads)
-            outputs = _run(session, recorded)
+            outputs = in_batches(session, recorded.inputs, recorded.batch)
     except MissingRuntime as error:
         raise MissingDependency(f"{recorded.result.subject}: {error}") from error
     except ImportError as error:
@@ -129,10 +129,12 @@ def stage(recorded: Recorded, again: Rerun) -> Stage:
     )
 
 
-def _run(session: targets.Session, recorded: Recorded) -> Batch:
+def in_batches(session: targets.Session, inputs: Batch, batch: int) -> Batch:
+    """Run [samples, ...] in slices of `batch`, of which samples are a multiple; outputs [samples, ...] by name."""
+    samples = len(next(iter(inputs.values())))
     parts = [
-        session.run({name: array[start : start + recorded.batch] for name, array in recorded.inputs.items()})
-        for start in range(0, recorded.samples, recorded.batch)
+        session.run({name: array[start : start + batch] for name, array in inputs.items()})
+        for start in range(0, samples, batch)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -126,7 +126,9 @@ def accuracy_of(judged: Judged) -> schema.Accuracy | None:
         samples=judged.samples,
         classes=judged.classes,
         per_class=tuple(
-            schema.ClassAgreement(label=label, samples=seen, agreement=same / seen)
-            for label, (seen, same) in sorted(judged.class_agreement.items())
+            schema.ClassAgreement(
+                label=label, samples=seen, agreement=same / seen, float=right / seen, artifact=kept / seen
+            )
+            for label, (seen, same, right, kept) in sorted(judged.per_class.items())
         ),
     )

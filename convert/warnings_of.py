@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from convert.report import words
+from convert.report.runs import DeviceRun
 from convert.report.schema import Report, Result
 
 # Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
@@ -37,6 +38,23 @@ def _of_result(result: Result) -> Iterator[str]:
         yield f"{subject}: slower than float here ({speedup:.2f}x on {cpu}){', ' if beside else ''}{beside}."
     if result.latency and not result.latency.stable:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
+    for run in result.runs:
+        yield from _of_run(subject, run)
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
+
+
+def _of_run(subject: str, run: DeviceRun) -> Iterator[str]:
+    if run.failure is not None:
+        yield f"{subject}: it does not run on {run.on}: {run.failure}"
+    if run.void is not None:
+        yield f"{subject}: the times taken on {run.on} are void: {run.void}."
+    if run.latency is not None and run.latency.surely_slower:
+        yield f"{subject}: slower than float on {run.on} ({run.latency.speedup:.2f}x)."
+    counts = run.instructions
+    if counts is not None and counts.float_all is not None and counts.all > counts.float_all:
+        share = counts.all / counts.float_all
+        yield f"{subject}: takes {share:.2f} times the instructions of float on {run.on}: it may well be slower there."
+    for warning in run.warnings:
+        yield f"{subject} on {run.on}: {warning}"

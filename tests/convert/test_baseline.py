@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from made_reports import report, result, stage
+from made_reports import instructions, report, result, stage
 
 from convert.baseline import Tolerances, compare
 from convert.errors import TightfitError
@@ -21,7 +21,7 @@ def drift(sqnr_db: float | None, **changes: Any) -> dict[str, Any]:
 
 def test_a_report_is_no_worse_than_itself() -> None:
     rows = compare(report(), report())
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(row.passed for row in rows)
 
 
@@ -80,3 +80,16 @@ def test_a_wider_tolerance_is_used() -> None:
     worse = report(result(**drift(20.0)))
     assert not all(r.passed for r in compare(worse, report()))
     assert all(r.passed for r in compare(worse, report(), tolerances=Tolerances(sqnr_db=10)))
+
+
+def test_more_instructions_on_the_same_board_fail_beyond_their_share() -> None:
+    def counted(count: int, where: str = "emulated:raspberry-pi-4b") -> dict[str, Any]:
+        return {"instructions": instructions(all=count, where=where)}
+
+    name = "baseline_instructions on emulated:raspberry-pi-4b"
+    assert failures(counted(1_019_000), counted(1_000_000)) == set()
+    assert failures(counted(1_021_000), counted(1_000_000)) == {name}
+    assert failures(counted(1_000_000, "emulated:raspberry-pi-5"), counted(1_000_000)) == {name}
+    strict = Tolerances(instructions=0.001)
+    rows = compare(report(result(**counted(1_002_000))), report(result(**counted(1_000_000))), tolerances=strict)
+    assert {row.gate for row in rows if not row.passed} == {name}

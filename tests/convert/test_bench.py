@@ -12,10 +12,11 @@ from calibrate.samples import InputSpec
 from convert.bench import RANDOM, STORED, BenchResult, bench, random_inputs
 from convert.errors import TightfitError
 from convert.progress import Silent
+from targets.errands import Timing
 
 
 def run(artifact: Path, float_: Path | None = None, runs: int = 20) -> BenchResult:
-    return bench(artifact, float_, runs=runs, seconds=0, threads=1, progress=Silent())
+    return bench(artifact, float_, Timing(min_runs=runs, min_seconds=0), threads=1, progress=Silent())
 
 
 @pytest.fixture

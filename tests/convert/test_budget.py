@@ -16,6 +16,8 @@ max_p50_ms = 15.5
 [device.raspberry-pi-4b.onnx]
 min_sqnr_db = false
 require_match = true
+[on."ssh://pi@kitchen"]
+max_p50_ms = 20
 """
 
 
@@ -32,11 +34,14 @@ def test_the_documented_form_is_read(tmp_path: Path) -> None:
         "max_p50_ms": 15.5,
     }
     assert budget.limits("raspberry-pi-4b", "onnx") == {"max_p50_ms": 15.5, "require_match": 1}
+    assert budget.on == {"ssh://pi@kitchen": {"max_p50_ms": 20}}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('version = 1\n[on."ssh://a"]\nmax_p50 = 1', "did you mean max_p50_ms"),
+        ("version = 1\n[on]\nmax_p50_ms = 1", "must be a section of its own"),
         ("version = 1\n[gate]\nmin_sqnr_db = 1", "did you mean gates"),
         ("version = 1\n[gates]\nmin_sqnr = 1", "did you mean min_sqnr_db"),
         ("version = 2\n", "version = 2"),

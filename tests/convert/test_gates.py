@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_reports import latency, report, result, stage
+from made_reports import device_run, latency, report, result, stage
 
 from convert.errors import TightfitError
 from convert.gates import GATES, Budget, evaluate
@@ -27,6 +27,8 @@ CASES = {
     "max_fallbacks": (1, 0),
     "max_bytes": (312_448, 312_447),
     "max_size_ratio": (0.29, 0.28),
+    "max_class_drop": (0.25, 0.2),
+    "max_instructions": (12_345_678, 12_345_677),
     "max_p50_ms": (0.65, 0.64),
     "max_p90_ms": (0.68, 0.67),
     "max_p99_ms": (0.94, 0.92),
@@ -48,6 +50,9 @@ def test_every_gate_has_a_case_here() -> None:
 
 UNMEASURED: list[tuple[str, float, dict[str, Any], str]] = [
     ("max_accuracy_drop", 0.01, {"accuracy": None}, "labels"),
+    ("max_class_drop", 0.01, {"accuracy": None}, "labels"),
+    ("max_class_drop", 0.01, {"accuracy": {**result()["accuracy"], "per_class": []}}, "convert again"),
+    ("max_instructions", 10, {"instructions": None}, "give --on emulated"),
     ("min_speedup", 1.0, {"latency": None, "latency_note": "no Core ML here"}, "no Core ML here"),
     ("max_p50_ms", 9.0, {"latency": None, "latency_note": "no Core ML here"}, "no Core ML here"),
     (
@@ -196,3 +201,46 @@ def test_a_section_without_a_result_is_refused() -> None:
 def test_the_sqnr_gate_is_exactly_a_comparison(limit: float, value: float) -> None:
     rows = judged({"min_sqnr_db": limit}, drift={"stages": [stage("artifact", value)]})
     assert rows["min_sqnr_db"].passed == (value >= limit)
+
+
+def ran(**changes: Any) -> dict[str, Any]:
+    """A result that ran on an emulated board and on a real one, where it is slower and drifts more."""
+    runs = [device_run(), device_run("ssh://pi", emulated=False, **changes)]
+    return {"runs": runs}
+
+
+def on(limits: dict[str, float | None], address: str = "ssh://pi", **changes: Any) -> dict[str, GateResult]:
+    made = Result.model_validate(result(**changes))
+    rows = evaluate(made, Budget(on={address: limits}))
+    return {row.gate: row for row in rows if row.subject == f"raspberry-pi-4b/tflite on {address}"}
+
+
+def test_limits_on_an_address_judge_what_was_measured_there_and_not_here() -> None:
+    there = ran(latency=latency(p50_ms=8.0, where="ssh://pi"), latency_note=None)
+    assert on({"max_p50_ms": 8.1}, **there)["max_p50_ms"].passed
+    failed = on({"max_p50_ms": 7.9}, **there)["max_p50_ms"]
+    assert not failed.passed
+    assert failed.value == 8.0
+    assert on({"min_sqnr_db": 20.0}, **there)["min_sqnr_db"].value == 25.5
+    assert on({"max_instructions": 12_345_678}, "emulated:raspberry-pi-4b", **there)["max_instructions"].passed
+
+
+def test_an_emulated_board_has_no_latency_to_hold_to_a_limit() -> None:
+    found = on({"max_p50_ms": 1e6}, "emulated:raspberry-pi-4b", **ran())["max_p50_ms"]
+    assert not found.passed
+    assert "emulated" in found.reason
+
+
+def test_an_address_without_a_run_fails_with_the_option_that_is_missing() -> None:
+    found = on({"max_p50_ms": 5.0}, "ssh://elsewhere", **ran())["max_p50_ms"]
+    assert not found.passed
+    assert "--on ssh://elsewhere" in found.reason
+
+
+def test_not_to_run_where_it_was_asked_to_is_a_failed_gate() -> None:
+    broken = {"failure": "no runtime there", "drift": None, "samples": 0}
+    assert on({}, **ran())["runs"].passed
+    failed = on({"min_sqnr_db": 1.0}, **ran(**broken))
+    assert not failed["runs"].passed
+    assert failed["runs"].reason == "no runtime there"
+    assert not failed["min_sqnr_db"].passed
