@@ -29,8 +29,9 @@ def gather(folders: Sequence[Path]) -> list[Given]:
         raise TightfitError("name at least one folder that `tightfit convert` wrote.")
     seen: dict[Path, Path] = {}
     for folder in folders:
-        same = seen.setdefault(folder.resolve(), folder)
-        if same is not folder:
+        same = seen.get(folder.resolve())
+        seen[folder.resolve()] = folder
+        if same is not None:
             names = f"{folder} is given twice" if same == folder else f"{same} and {folder} are the same folder"
             raise TightfitError(f"{names}; leave one out.")
     return [Given(str(folder), _report(folder)) for folder in folders]

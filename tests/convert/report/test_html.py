@@ -1,12 +1,10 @@
 """The page: it has the numbers, it calls a failure a failure, and foreign text stays text."""
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
+from browser import PHONE, chromium, needs_chromium, width_on_a_phone
 from made_reports import latency, report, result, stage
 from PIL import Image
 
@@ -15,9 +13,6 @@ from convert.report.markdown import markdown
 from convert.report.schema import Report, Result
 from convert.report.store import read_report
 from convert.report.views import write_views
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install -y chromium")
 
 
 class Text(HTMLParser):
@@ -157,20 +152,11 @@ def test_fallbacks_are_grouped_by_reason_most_frequent_first() -> None:
     assert list(grouped.items()) == [("often", ["b", "c"]), ("rare", ["a"])]
 
 
-def chromium(page: Path, *options: str) -> str:
-    assert CHROMIUM is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run(
-        [CHROMIUM, *flags, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
-
-
 @needs_chromium
 def test_chromium_shows_the_numbers_and_draws_every_picture(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(html(slow_and_unmeasured()), encoding="utf-8")
-    dom = chromium(page, "--dump-dom")
+    dom = chromium(page, "--dump-dom").stdout
     assert dom.count('<svg class="picture"') == 11  # six pictures, five where there is no latency
     assert "0.83x, slower" in dom
     shot = tmp_path / "shot.png"
@@ -181,16 +167,8 @@ def test_chromium_shows_the_numbers_and_draws_every_picture(tmp_path: Path) -> N
     assert {(0xFB, 0xE6, 0xE6), (0x2F, 0x7F, 0x86), (0xC4, 0x3D, 0x3D)} <= colours
 
 
-_PHONE = """<iframe id="phone" src="report.html" style="width:400px;height:900px"></iframe>
-<p id="width"></p><script>
-document.getElementById("phone").onload = event => {
-  document.getElementById("width").textContent =
-    "content " + event.target.contentDocument.documentElement.scrollWidth;
-};</script>"""
-
-
 @needs_chromium
-def test_a_phone_of_400_pixels_need_not_scroll_sideways(tmp_path: Path) -> None:
+def test_long_names_need_no_scrolling_sideways_on_a_phone(tmp_path: Path) -> None:
     layer = "encoder.transformer.layers.11.attention.self.query.projection.weight_quantized"
     drift = {"stages": [stage("artifact", 20.0)], "layers": [{"layer": layer, "sqnr_db": 3.0}]}
     placement = {
@@ -201,9 +179,4 @@ def test_a_phone_of_400_pixels_need_not_scroll_sideways(tmp_path: Path) -> None:
     }
     made = result(drift=drift, placement=placement, ledger=[{"step": "int8", "layer": layer, "action": "kept"}])
     (tmp_path / "report.html").write_text(html(report(made, command="x" * 300)), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(_PHONE, encoding="utf-8")
-    dom = chromium(frame, "--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom")
-    width = re.search(r"content (\d+)", dom)
-    assert width is not None
-    assert int(width[1]) <= 400
+    assert width_on_a_phone(tmp_path / "report.html") <= PHONE
