@@ -1,8 +1,6 @@
 """How long one call takes, beside the float model, so that the comparison survives a busy machine.
 
-Protocol: both are warmed up; then they are timed in BLOCKS rounds, one block of calls each per round. The order
-inside a round alternates (ABBA), so that a slow drift of the clock frequency cancels. A block starts with one
-untimed call, since the other model has just used the caches. Every timed call counts: no outlier is dropped.
+`targets/agent/timing.py` is the loop, here and on devices; this module makes a Latency of its raw seconds.
 
 A measurement is `stable` when the medians of its blocks scatter by less than MAX_BLOCK_CV (both models) and the
 95 % bootstrap interval of the speed-up is narrower than +-MAX_HALF_WIDTH of it.
@@ -11,21 +9,23 @@ A measurement is `stable` when the medians of its blocks scatter by less than MA
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from targets.agent import timing
 
 from .errors import TightfitError
 from .host import cpu_name, governor
 from .report.schema import Latency
 
-BLOCKS = 20
+BLOCKS = timing.ROUNDS
 MAX_HALF_WIDTH = 0.10
 MAX_BLOCK_CV = 0.10
 
 _RESAMPLES = 1000
 _THINNED = 256  # values kept of the longest block for the bootstrap: enough for a median
-_STUCK_CALLS = 10_000
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -49,22 +49,26 @@ def measure(
     `threads` is recorded, not set. `clock` returns seconds. `progress` is told the share that is done, (0, 1].
     Raises TightfitError for limits that measure nothing, and when the clock does not advance.
     """
-    if min_runs < BLOCKS or min_seconds < 0 or warmup_seconds < 0 or threads < 1:
-        raise TightfitError(
-            f"cannot time {min_runs} runs in {min_seconds} s with {threads} threads: "
-            f"at least {BLOCKS} runs (one per block), no negative time, and one thread."
-        )
+    if threads < 1:
+        raise TightfitError(f"cannot time with {threads} threads: there must be one at least.")
     contestants = [run] if float_run is None else [run, float_run]
-    for contestant in contestants:
-        _warm_up(contestant, warmup_seconds, clock)
-    blocks: list[list[Seconds]] = [[] for _ in contestants]
-    for index in range(BLOCKS):
-        order = range(len(contestants)) if index % 2 == 0 else reversed(range(len(contestants)))
-        for which in order:
-            blocks[which].append(_block(contestants[which], math.ceil(min_runs / BLOCKS), min_seconds / BLOCKS, clock))
+
+    def between(done: int) -> None:
         if progress is not None:
-            progress((index + 1) / BLOCKS)
-    return _summary(blocks[0], blocks[1] if float_run is not None else None, threads, where)
+            progress(done / BLOCKS)
+
+    try:
+        seconds = timing.in_rounds(
+            [timing.block_of(contestant, clock) for contestant in contestants],
+            min_runs=min_runs,
+            min_seconds=min_seconds,
+            warmup_seconds=warmup_seconds,
+            between=between,
+        )
+    except timing.TimingError as error:
+        raise TightfitError(str(error)) from error
+    blocks, *rest = [[np.array(block) for block in rounds] for rounds in seconds]
+    return summary(blocks, rest[0] if rest else None, threads=threads, where=where, cpu=cpu_name(), governor=governor())
 
 
 def ratio_interval(blocks: list[Seconds], float_blocks: list[Seconds]) -> tuple[float, float]:
@@ -83,41 +87,30 @@ def ratio_interval(blocks: list[Seconds], float_blocks: list[Seconds]) -> tuple[
     return float(low), float(high)
 
 
-def _warm_up(run: Run, seconds: float, clock: Clock) -> None:
-    """Call `run` at least once, until `seconds` have passed."""
-    start = clock()
-    for calls in range(1, 1_000_000_000):
-        run()
-        elapsed = clock() - start
-        if elapsed >= seconds:
-            return
-        _demand_progress(calls, elapsed)
+def summary(
+    blocks: list[Seconds],
+    float_blocks: list[Seconds] | None,
+    *,
+    threads: int,
+    where: str,
+    cpu: str,
+    governor: str | None,
+    load_ms: float | None = None,
+    first_ms: float | None = None,
+) -> Latency:
+    """The Latency of times [rounds][calls] in seconds, wherever they were taken, of the artifact and its float twin.
 
-
-def _block(run: Run, runs: int, seconds: float, clock: Clock) -> Seconds:
-    """Call `run` once untimed, then timed until both limits are met; one duration per call."""
-    run()
-    times: list[float] = []
-    total = 0.0
-    while len(times) < runs or total < seconds:
-        start = clock()
-        run()
-        times.append(clock() - start)
-        total += times[-1]
-        _demand_progress(len(times), total)
-    return np.array(times)
-
-
-def _demand_progress(calls: int, elapsed: float) -> None:
-    if calls >= _STUCK_CALLS and elapsed <= 0:
-        raise TightfitError(
-            f"{calls} calls took no time at all on this clock: the call does nothing, or the clock stands still."
-        )
-
-
-def _summary(blocks: list[Seconds], float_blocks: list[Seconds] | None, threads: int, where: str) -> Latency:
+    Raises TightfitError where half of the calls took no time.
+    """
     ours = _statistics(blocks)
-    facts = {"where": where, "threads": threads, "cpu": cpu_name(), "governor": governor()}
+    facts = {
+        "where": where,
+        "threads": threads,
+        "cpu": cpu,
+        "governor": governor,
+        "load_ms": load_ms,
+        "first_ms": first_ms,
+    }
     scatter = [("the artifact", _block_cv(blocks))]
     if float_blocks is None:
         warnings = _instabilities(scatter, None, None)
@@ -142,14 +135,16 @@ def _summary(blocks: list[Seconds], float_blocks: list[Seconds] | None, threads:
     )
 
 
-def _statistics(blocks: list[Seconds]) -> dict[str, float]:
+def _statistics(blocks: list[Seconds]) -> dict[str, Any]:
     """Runs, percentiles in milliseconds and coefficient of variation of all timed calls."""
     times = np.concatenate(blocks)
-    p50, p90, p99 = np.percentile(times, [50, 90, 99]) * 1e3
+    quantiles = np.percentile(times, np.arange(101)) * 1e3
+    p50, p90, p99 = quantiles[[50, 90, 99]]
     if p50 <= 0:
         raise TightfitError("half of the calls took no time on this clock: too fast to be timed one by one.")
     variation = times.std() / times.mean()
-    return {"runs": times.size, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "cv": variation}
+    named = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "quantiles_ms": tuple(quantiles.tolist())}
+    return {"runs": times.size, **named, "cv": variation}
 
 
 def _block_cv(blocks: list[Seconds]) -> float:

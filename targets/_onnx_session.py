@@ -15,6 +15,10 @@ from .errors import TargetError
 
 FLOAT8 = frozenset((onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2))
 PROVIDERS = ["CPUExecutionProvider"]
+# int8 activations stay int8 on x86 too, as they do on Arm: the rewriting to uint8 that ONNX Runtime does there leaves
+# residual blocks unfused (a code tensor with two readers). Weights of 4 bits in groups, as a file for TensorRT has
+# them, are multiplied in float32: left alone, ONNX Runtime quantizes the activation beside them.
+CONFIG = {"session.qdqisint8allowed": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not NumPy's
 
 
@@ -28,7 +32,8 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+        for key, value in spinning(threads).items():
+            options.add_session_config_entry(key, value)
         exact = exact_model(path)
         self._session = load(path, options, exact)
         self._names = [o.name for o in self._session.get_outputs()]
@@ -78,15 +83,24 @@ def _spec(value: onnxruntime.NodeArg) -> InputSpec:
 
 
 def session_options() -> onnxruntime.SessionOptions:
-    """What placement and running share. int8 activations stay int8 on x86 too, as they do on Arm: the rewriting to
-    uint8 that ONNX Runtime does there leaves residual blocks unfused (a code tensor with two readers). Weights of 4
-    bits in groups, as a file for TensorRT has them, are multiplied in float32: left alone, ONNX Runtime quantizes the
-    activation beside them."""
+    """What placement and running share: CONFIG, and no warnings."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for key, value in CONFIG.items():
+        options.add_session_config_entry(key, value)
     return options
+
+
+def spinning(threads: int) -> dict[str, str]:
+    """The config entry that lets threads wait busily where there are several, and not where there is one."""
+    return {"session.intra_op.allow_spinning": "1" if threads > 1 else "0"}
+
+
+def unfused(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Config entries, and the optimizers to switch off, where the file has 8-bit floats; see `load`."""
+    if not holds_float8(path):
+        return {}, []
+    return {"session.disable_quant_qdq": "1"}, ["ReluQuantRewrite", "ClipQuantRewrite"]
 
 
 def load(path: Path, options: onnxruntime.SessionOptions, exact: bytes | None = None) -> onnxruntime.InferenceSession:
@@ -98,10 +112,9 @@ def load(path: Path, options: onnxruntime.SessionOptions, exact: bytes | None = 
 
     Raises TargetError with the runtime's own words where it refuses the model.
     """
-    disabled = []
-    if holds_float8(path):
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        disabled = ["ReluQuantRewrite", "ClipQuantRewrite"]
+    entries, disabled = unfused(path)
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     if exact is not None:
         options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = ["ConstantSharing"]  # would undo what exact_model did
