@@ -108,10 +108,12 @@ def _changed_key(address: Address, said: Sequence[str], text: str) -> TargetErro
     known = re.search(r"Offending \S+ key in (\S+?):?(\d*)$", text, re.MULTILINE)
     stored = f" (line {known[2]} of {known[1]})" if known and known[2] else ""
     name = f"[{address.host}]:{address.port}" if address.port else address.host
+    told = re.search(r"^ *(ssh-keygen .*-R .*)$", text, re.MULTILINE)
+    forget = told[1] if told else f"ssh-keygen -R '{name}'"
     return TargetError(
         f"the host key of '{address.name}' is NOT the one stored for it{stored}.{shown} Either the device was set up "
         "anew, or somebody is between you and it and would read and change what is sent: nothing was sent. Only if you "
-        f"know that it was set up anew, forget the old key with `ssh-keygen -R '{name}'`, run `ssh {address.login}` "
+        f"know that it was set up anew, forget the old key with `{forget}`, run `ssh {address.login}` "
         "once, and compare the fingerprint that it shows with the device's own."
     )
 

@@ -82,9 +82,12 @@ class SshServer:
         return sorted(self.device.iterdir())
 
     def processes(self) -> list[str]:
-        """The command lines of all that runs on the device: what has its TMPDIR."""
-        sign = f"TMPDIR={self.device}".encode()
-        return [text for text in _processes(sign) if text]
+        """The command lines of all that runs on the device."""
+        return list(self.running().values())
+
+    def running(self) -> dict[int, str]:
+        """The same, by process: what has the device's TMPDIR."""
+        return dict(_processes(f"TMPDIR={self.device}".encode()))
 
     def demand_nothing_left(self, seconds: float = 5.0) -> None:
         """Nothing runs, nothing lies about, within so long."""
@@ -95,12 +98,14 @@ class SshServer:
         assert self.sessions() == []
 
 
-def _processes(sign: bytes) -> Iterator[str]:
+def _processes(sign: bytes) -> Iterator[tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 if sign in (entry / "environ").read_bytes().split(b"\0"):
-                    yield (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                    text = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                    if text:  # else it has ended
+                        yield int(entry.name), text
 
 
 @contextlib.contextmanager
