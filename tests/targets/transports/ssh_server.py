@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,15 +34,16 @@ def key_pair(path: Path) -> Path:
 class SshServer:
     """`folder` holds keys and logs; `device` is the TMPDIR of logins, where sessions make their folders."""
 
-    def __init__(self, folder: Path, login: str | None = None, environment: dict[str, str] | None = None) -> None:
-        self.folder, self.port = folder, free_port()
-        self.device = folder / "device"
-        self.device.mkdir()
+    def __init__(self, folder: Path, login: str | None = None, board: str | None = None) -> None:
+        self.folder, self.port, self.board = folder, free_port(), board
+        self.device = folder / "device" / ("tmp" if board else "")
+        self.device.mkdir(parents=True)
+        if board:
+            login = board_login(folder, board, login)
         self.config = folder / "ssh_config"
         self.known = folder / "known_hosts"
         host, user = key_pair(folder / "host"), key_pair(folder / "user")
         (folder / "authorized").write_bytes(user.with_suffix(".pub").read_bytes())
-        setting = {"TMPDIR": str(self.device), **(environment or {})}
         lines = [
             f"ListenAddress 127.0.0.1:{self.port}",
             f"HostKey {host}",
@@ -50,7 +51,7 @@ class SshServer:
             f"AuthorizedKeysFile {folder / 'authorized'}",
             *("StrictModes no", "UsePAM no", "PasswordAuthentication no", "KbdInteractiveAuthentication no"),
             *("PermitRootLogin prohibit-password", "PrintMotd no", "LogLevel ERROR", "MaxStartups 100"),
-            "SetEnv " + " ".join(f"{name}={value}" for name, value in setting.items()),
+            f"SetEnv TMPDIR={self.device}",
             *((f"ForceCommand {login}",) if login else ()),
         ]
         (folder / "sshd_config").write_text("\n".join(lines) + "\n")
@@ -86,8 +87,10 @@ class SshServer:
         return list(self.running().values())
 
     def running(self) -> dict[int, str]:
-        """The same, by process: what has the device's TMPDIR."""
-        return dict(_processes(f"TMPDIR={self.device}".encode()))
+        """The same, by process: what has the device's TMPDIR, or the emulated board's /tmp."""
+        if self.board:
+            return dict(_processes("mountinfo", lambda found: str(self.device).encode() in found))
+        return dict(_processes("environ", lambda found: f"TMPDIR={self.device}".encode() in found.split(b"\0")))
 
     def demand_nothing_left(self, seconds: float = 5.0) -> None:
         """Nothing runs, nothing lies about, within so long."""
@@ -98,26 +101,27 @@ class SshServer:
         assert self.sessions() == []
 
 
-def _processes(sign: bytes) -> Iterator[tuple[int, str]]:
+def _processes(kind: str, ours: Callable[[bytes], bool]) -> Iterator[tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if sign in (entry / "environ").read_bytes().split(b"\0"):
+                if ours((entry / kind).read_bytes()):
                     text = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
                     if text:  # else it has ended
                         yield int(entry.name), text
 
 
 @contextlib.contextmanager
-def ssh_server(
-    folder: Path, login: str | None = None, environment: dict[str, str] | None = None
-) -> Iterator[SshServer]:
-    """A running server; skips where there is none to run."""
+def ssh_server(folder: Path, login: str | None = None, board: str | None = None) -> Iterator[SshServer]:
+    """A running server, of this machine or of an emulated board; skips where there is none to run.
+
+    `login`: the ForceCommand; on a board, shell that comes before entering it.
+    """
     if not os.access(SSHD, os.X_OK):
         pytest.skip(f"there is no {SSHD} (install openssh-server): ssh was not tried against a real server")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    server = SshServer(folder, login, environment)
+    server = SshServer(folder, login, board)
     log = folder / "sshd.log"
     with log.open("wb") as file:
         process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=file)
@@ -142,6 +146,24 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 def login_script(path: Path, *lines: str) -> str:
     """A ForceCommand: `lines` of shell before the command that was asked for."""
     path.write_text("#!/bin/sh\n" + "\n".join(lines) + '\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    path.chmod(0o755)
+    return shlex.quote(str(path))
+
+
+def board_login(folder: Path, board: str, before: str | None) -> str:
+    """A ForceCommand that enters an emulated board, whose /tmp is device/tmp; skips where that cannot be."""
+    from targets.emulator import login_command
+    from targets.errors import TargetError
+
+    try:
+        command = login_command(board, folder / "device")
+    except TargetError as error:
+        pytest.skip(f"a login of an emulated {board} was not tried: {error}")
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if tried.returncode:
+        pytest.skip(f"a login of an emulated {board} was not tried: {tried.stderr.strip()}")
+    path = folder / "enter"
+    path.write_text(f'#!/bin/sh\n{before or ":"}\nexec {shlex.join(command)} "$SSH_ORIGINAL_COMMAND"\n')
     path.chmod(0o755)
     return shlex.quote(str(path))
 

@@ -4,37 +4,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ssh_client import DAEMON, SHORT, big, client
 from ssh_server import SshServer, login_script, network, ssh_server
 
 from targets.errors import MissingRuntime, TargetError
 from targets.transports import opened
-from targets.transports._ssh_connection import Patience
 from targets.transports.ssh import SshTransport
-
-# Short, so that tests are; long enough for a login on a busy machine.
-SHORT = Patience(connect=5, greet=20, beat=0.2, silence=2, grace=3, close=10)
-ROOT = Path(__file__).resolve().parents[3]
-# Hides as a daemon does: a session of its own, no parent, deaf to polite signals.
-DAEMON = """
-import os, signal, sys, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        time.sleep(600)
-    os._exit(0)
-os.wait()
-print("started", flush=True)
-time.sleep(float(sys.argv[1]))
-"""
 
 
 @pytest.fixture
@@ -42,11 +23,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServe
     with ssh_server(tmp_path) as found:
         monkeypatch.setenv("TIGHTFIT_SSH_CONFIG", str(found.config))
         yield found
-
-
-def big(path: Path, size: int = 6 << 20) -> Path:
-    path.write_bytes(os.urandom(size))
-    return path
 
 
 def at(port: int) -> SshTransport:
@@ -229,41 +205,19 @@ def test_a_network_that_stays_dead_is_told_and_the_device_cleans_itself(
 
 @pytest.mark.slow
 def test_a_client_that_was_killed_leaves_nothing(server: SshServer) -> None:
-    child = client(server, "600")
+    child = client(server)
     child.kill()
     child.wait()
     server.demand_nothing_left(SHORT.grace + 4)
 
 
 def test_control_c_ends_the_command_there_at_once(server: SshServer) -> None:
-    child = client(server, "600")
+    child = client(server)
     assert any("setsid" in text for text in server.processes())
     child.send_signal(signal.SIGINT)
     assert child.wait(20) != 0
     # No grace: when the client has ended, everything has.
     server.demand_nothing_left(0)
-
-
-def client(server: SshServer, seconds: str) -> subprocess.Popen[str]:
-    """Another Python that runs the daemon by the transport; returned when that has started."""
-    program = (
-        "import sys\n"
-        "from targets.transports._ssh_connection import Patience\n"
-        "from targets.transports.ssh import SshTransport\n"
-        f"device = SshTransport({server.address()!r}, {SHORT!r})\n"
-        "try:\n"
-        "    device.open()\n"
-        "    show = lambda text: print(text, flush=True)\n"
-        f"    device.run([*device.python, '-c', {DAEMON!r}, '{seconds}'], seconds=600, line=show)\n"
-        "finally:\n"
-        "    device.close()\n"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert child.stdout
-    assert child.stdout.readline() == "started\n"
-    return child
 
 
 def test_a_login_that_the_device_ends_leaves_nothing(server: SshServer) -> None:

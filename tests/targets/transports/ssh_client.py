@@ -1,0 +1,55 @@
+"""What tests of sessions by ssh share: their patience, a program that hides, another process that is the client."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ssh_server import SshServer
+
+from targets.transports._ssh_connection import Patience
+
+# Short, so that tests are; long enough for a login on a busy machine.
+SHORT = Patience(connect=5, greet=20, beat=0.2, silence=2, grace=3, close=10)
+ROOT = Path(__file__).resolve().parents[3]
+# Hides as a daemon does: a session of its own, no parent, deaf to polite signals.
+DAEMON = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+print("started", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def big(path: Path, size: int = 6 << 20) -> Path:
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+def client(server: SshServer, patience: Patience = SHORT) -> subprocess.Popen[str]:
+    """Another Python that runs the daemon by the transport; returned when that has started."""
+    program = (
+        "import sys\n"
+        "from targets.transports._ssh_connection import Patience\n"
+        "from targets.transports.ssh import SshTransport\n"
+        f"device = SshTransport({server.address()!r}, {patience!r})\n"
+        "try:\n"
+        "    device.open()\n"
+        "    show = lambda text: print(text, flush=True)\n"
+        f"    device.run([*device.python, '-c', {DAEMON!r}, '600'], seconds=600, line=show)\n"
+        "finally:\n"
+        "    device.close()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdout
+    assert child.stdout.readline() == "started\n"
+    return child
