@@ -37,7 +37,7 @@ def test_sample_ci_gives_options_that_exist(name: str) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     known = {o for c in ("convert", "check") for p in commands[c].params for o in p.opts}
     lines = (DOCS / "ci" / name).read_text().splitlines()
-    ours = [line for line in lines if re.search(r"tightfit (convert|check) |budget|--baseline", line)]
+    ours = [line for line in lines if re.search(r"tightfit (convert|check) |budget|--baseline|options=", line)]
     used = {option for line in ours for option in re.findall(r"--[a-z][a-z-]*| -o ", line)}
     assert used >= {"--budget", "--self-test", "--baseline", "--device", "--calibration"}
     assert {option.strip() for option in used} <= known

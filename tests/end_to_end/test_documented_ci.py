@@ -141,7 +141,7 @@ def test_a_regression_fails_the_gates_of_its_kind(recipe: str, repository: Path)
 def test_a_latency_on_a_named_device_is_a_gate(repository: Path) -> None:
     """The device is this machine: 16-bit activations take ten times the time of int8 and more."""
     usual = json.loads((repository / "baseline" / "report.json").read_text())["results"][0]["latency"]["p50_ms"]
-    limit = f"\n[on.local]\nmax_p50_ms = {4 * usual}\nmin_sqnr_db = 25\n"
+    limit = f"\n[on.local]\nmax_p50_ms = {4 * usual}\n"
     (repository / "budget.toml").write_text(BUDGET + limit)
     commit(repository, "A limit on a device")
     code, text = built(repository, on="local", baseline="")
