@@ -1,7 +1,8 @@
 /* Counts the instructions that an emulated program executes, by class: a plugin of QEMU's user-mode emulation.
  *
- * A guest's getppid() is a mark: a line of JSON with what was executed since the mark before. Blocks of translated
- * code are counted as they are entered, so counts are exact where one thread runs and no block is left by a fault.
+ * A guest's getppid() is a mark: a line of JSON with what the thread that calls it executed since its mark before.
+ * Other threads are left out: runtimes start some that wake up by the clock, so that a sum would not repeat. Blocks
+ * of translated code are counted as they are entered, which is exact unless a fault leaves one half-way.
  *
  * Built without headers or libraries of the host, which may be newer than, or no, glibc: what is used of the C
  * library is found in the emulator's own. The interface is QEMU's plugin API 1 (qemu-plugin.h), declared here because
@@ -15,10 +16,10 @@ struct block;
 struct instruction;
 /* The head of qemu_info_t. */
 struct info { const char *target; int oldest, newest; bool system; };
-enum { ADD = 0 };
+enum { NO_REGISTERS = 0 };
 
 extern void qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, void (*)(plugin_id, struct block *));
-extern void qemu_plugin_register_vcpu_tb_exec_inline(struct block *, int, void *, uint64_t);
+extern void qemu_plugin_register_vcpu_tb_exec_cb(struct block *, void (*)(unsigned, void *), int, void *);
 extern void qemu_plugin_register_vcpu_syscall_cb(plugin_id, void (*)(plugin_id, unsigned, int64_t, uint64_t, uint64_t,
     uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t));
 extern size_t qemu_plugin_tb_n_insns(const struct block *);
@@ -26,6 +27,7 @@ extern struct instruction *qemu_plugin_tb_get_insn(const struct block *, size_t)
 extern const void *qemu_plugin_insn_data(const struct instruction *);
 extern size_t qemu_plugin_insn_size(const struct instruction *);
 
+extern void *calloc(size_t, size_t);
 extern int open(const char *, int, ...);
 extern long write(int, const void *, size_t);
 extern int snprintf(char *, size_t, const char *, ...);
@@ -37,7 +39,10 @@ EXPORT int qemu_plugin_version = 1;
 
 enum { ALL, SIMD, DOT, MLA, FMLA, LOAD_STORE, BRANCH, CLASSES };
 static const char *const names[CLASSES] = { "all", "simd", "dot", "mla", "fmla", "load_store", "branch" };
-static uint64_t counted[CLASSES], marked[CLASSES];
+/* Numbers of threads are used again when one ends. */
+enum { THREADS = 4096 };
+struct counts { uint64_t of[CLASSES]; };
+static struct counts counted[THREADS], marked[THREADS];
 static int output = -1, classes = CLASSES;
 static int64_t mark_call;
 
@@ -83,7 +88,7 @@ static bool is_branch(uint32_t w)
         || is(w, 0xfe000000, 0xd6000000);    /* BR, BLR, RET and their authenticated kin */
 }
 
-static void classify(uint32_t w, uint64_t count[CLASSES])
+static void classify(uint32_t w, uint64_t *count)
 {
     count[SIMD] += is(w, 0x0e000000, 0x0e000000);        /* all of scalar floating point and vectors, but loads */
     count[LOAD_STORE] += is(w, 0x0a000000, 0x08000000);
@@ -93,36 +98,45 @@ static void classify(uint32_t w, uint64_t count[CLASSES])
     count[BRANCH] += is_branch(w);
 }
 
+static void entered(unsigned thread, void *data)
+{
+    const struct counts *block = data;
+    if (thread < THREADS)
+        for (int i = 0; i < CLASSES; i++)
+            counted[thread].of[i] += block->of[i];
+}
+
 static void translated(plugin_id id, struct block *block)
 {
-    uint64_t count[CLASSES] = { 0 };
     size_t length = qemu_plugin_tb_n_insns(block);
+    struct counts *counts = calloc(1, sizeof *counts);   /* the block's for as long as the program runs */
     (void)id;
-    count[ALL] = length;
+    if (!counts)
+        __builtin_trap();
+    counts->of[ALL] = length;
     for (size_t i = 0; i < length && classes == CLASSES; i++) {
         struct instruction *one = qemu_plugin_tb_get_insn(block, i);
         const uint8_t *b = qemu_plugin_insn_data(one);
         if (qemu_plugin_insn_size(one) == 4)
-            classify(b[0] | b[1] << 8 | b[2] << 16 | (uint32_t)b[3] << 24, count);
+            classify(b[0] | b[1] << 8 | b[2] << 16 | (uint32_t)b[3] << 24, counts->of);
     }
-    for (int i = 0; i < classes; i++)
-        if (count[i])
-            qemu_plugin_register_vcpu_tb_exec_inline(block, ADD, &counted[i], count[i]);
+    qemu_plugin_register_vcpu_tb_exec_cb(block, entered, NO_REGISTERS, counts);
 }
 
-static void called(plugin_id id, unsigned cpu, int64_t number, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
+static void called(plugin_id id, unsigned thread, int64_t number, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
                    uint64_t e, uint64_t f, uint64_t g, uint64_t h)
 {
     char line[512];
     int length = 0;
-    (void)id, (void)cpu, (void)a, (void)b, (void)c, (void)d, (void)e, (void)f, (void)g, (void)h;
+    (void)id, (void)a, (void)b, (void)c, (void)d, (void)e, (void)f, (void)g, (void)h;
     if (number != mark_call)
         return;
-    for (int i = 0; i < classes; i++) {
+    if (thread >= THREADS)
+        __builtin_trap();
+    for (int i = 0; i < classes; i++)
         length += snprintf(line + length, sizeof line - length, "%s\"%s\": %llu", i ? ", " : "{", names[i],
-                           (unsigned long long)(counted[i] - marked[i]));
-        marked[i] = counted[i];
-    }
+                           (unsigned long long)(counted[thread].of[i] - marked[thread].of[i]));
+    marked[thread] = counted[thread];
     length += snprintf(line + length, sizeof line - length, "}\n");
     if (write(output, line, length) != length)
         __builtin_trap();                    /* a line that is missing would give marks to the wrong inferences */

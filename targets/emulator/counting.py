@@ -6,7 +6,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / "cost.c"
 # Neither headers nor libraries of this machine: see the head of the source.
-OPTIONS = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-ffreestanding", "-nostdlib")
+OPTIONS = ("-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffreestanding", "-nostdlib")
 
 
 def compile_plugin(into: Path) -> str | None:

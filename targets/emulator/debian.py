@@ -17,7 +17,7 @@ from targets.errors import TargetError
 # https://www.debian.org/doc/debian-policy/ch-relationships.html: a name, perhaps ":any", perhaps "(>= version)".
 NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 # What is read of an entry. None of these goes on in a second line.
-FIELDS = tuple(f"{name}: " for name in "Package Version Filename Size SHA256 Pre-Depends Depends Provides".split())
+FIELDS = ("Package: ", "Version: ", "Filename: ", "Size: ", "SHA256: ", "Pre-Depends: ", "Depends: ", "Provides: ")
 
 
 @dataclass(frozen=True)

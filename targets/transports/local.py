@@ -27,6 +27,7 @@ class LocalTransport:
 
     emulated = False
     counts = False
+    prefix = "tightfit-local-"
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -37,7 +38,7 @@ class LocalTransport:
     def open(self) -> None:
         """Make the folder."""
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="tightfit-local-"))
+            self._folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         except OSError as error:
             raise TargetError(f"{self.address}: there is no room for a folder here: {error}") from error
 
@@ -52,11 +53,11 @@ class LocalTransport:
         self, command: Sequence[str], *, seconds: float, line: Line = lambda _: None, count: bool = False
     ) -> Finished:
         """Run a command in the folder."""
-        if count:
-            raise ValueError("instructions are counted on emulated devices only")
+        started, environment = self._launch(command, count)
         try:
             self._process = process = subprocess.Popen(
-                list(command),
+                started,
+                env=environment,
                 cwd=self._there(""),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -102,6 +103,12 @@ class LocalTransport:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _launch(self, command: Sequence[str], count: bool) -> tuple[list[str], dict[str, str] | None]:
+        """What is started for a command, and with which variables; None for those of this process."""
+        if count:
+            raise ValueError("instructions are counted on emulated devices only")
+        return list(command), None
 
     def _there(self, name: str) -> Path:
         if self._folder is None:
