@@ -81,6 +81,7 @@ def _run(transport: Transport, errand: Errand, keep: Path | None, name: str) -> 
     answer = carry_out(transport, errand, lambda *_: None)
     assert answer.twin is not None
     if keep is not None:
+        print(name, answer.others, file=sys.stderr)
         keep.mkdir(parents=True, exist_ok=True)
         pairs = {"artifact": answer.artifact.blocks, "float": answer.twin.blocks}
         np.savez(keep / f"{name}.npz", **{f"{w}/{i}": b for w, blocks in pairs.items() for i, b in enumerate(blocks)})
@@ -91,6 +92,7 @@ def _run(transport: Transport, errand: Errand, keep: Path | None, name: str) -> 
         where=transport.address,
         cpu=answer.facts.get("machine", cpu_name()),
         governor=None,
+        others=answer.others,
     )
 
 

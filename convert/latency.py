@@ -2,8 +2,15 @@
 
 `targets/agent/timing.py` is the loop, here and on devices; this module makes a Latency of its raw seconds.
 
-A measurement is `stable` when the medians of its blocks scatter by less than MAX_BLOCK_CV (both models) and the
-95 % bootstrap interval of the speed-up is narrower than +-MAX_HALF_WIDTH of it.
+A measurement is `stable` when the medians of its blocks scatter by less than MAX_BLOCK_CV (both models), the interval
+of the speed-up is narrower than +-MAX_HALF_WIDTH of it, and other processes took less than MAX_OTHERS of the cores'
+time, where that is known.
+
+The interval is to hold for another run of the same measurement too, not for this one alone. A bootstrap over rounds
+takes each for a fresh look at the machine; but what disturbs rounds lasts for seconds, and what differs between
+processes, such as where their memory lies, lasts for all of a run. So the interval is the bootstrap's, made as wide as
+to hold the speed-up of every quarter of the rounds on its own, and MIN_HALF_WIDTH to either side.
+`benchmarks/repeat.py` counts how often the intervals of two runs overlap.
 """
 
 import math
@@ -15,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from targets.agent import timing
+from targets.agent.load import Others
 
 from .errors import TightfitError
 from .host import cpu_name, governor
@@ -23,8 +31,11 @@ from .report.schema import Latency
 BLOCKS = timing.ROUNDS
 MAX_HALF_WIDTH = 0.10
 MAX_BLOCK_CV = 0.10
+MAX_OTHERS = 0.10
+MIN_HALF_WIDTH = 0.02
 
 _RESAMPLES = 1000
+_QUARTERS = 4
 _THINNED = 256  # values kept of the longest block for the bootstrap: enough for a median
 
 Run = Callable[[], object]
@@ -41,12 +52,14 @@ def measure(
     warmup_seconds: float = 0.5,
     threads: int,
     where: str = "host",
+    mind_others: bool = False,
     clock: Clock = time.perf_counter,
     progress: Callable[[float], None] | None = None,
 ) -> Latency:
     """Time `run` and, in turns with it, `float_run`; each at least `min_runs` calls and `min_seconds` seconds.
 
-    `threads` is recorded, not set. `clock` returns seconds. `progress` is told the share that is done, (0, 1].
+    `threads` is recorded, not set. `mind_others`: not stable where other processes kept the cores busy. `clock`
+    returns seconds. `progress` is told the share that is done, (0, 1].
     Raises TightfitError for limits that measure nothing, and when the clock does not advance.
     """
     if threads < 1:
@@ -57,6 +70,7 @@ def measure(
         if progress is not None:
             progress(done / BLOCKS)
 
+    others = Others()
     try:
         seconds = timing.in_rounds(
             [timing.block_of(contestant, clock) for contestant in contestants],
@@ -68,15 +82,31 @@ def measure(
     except timing.TimingError as error:
         raise TightfitError(str(error)) from error
     blocks, *rest = [[np.array(block) for block in rounds] for rounds in seconds]
-    return summary(blocks, rest[0] if rest else None, threads=threads, where=where, cpu=cpu_name(), governor=governor())
+    return summary(
+        blocks,
+        rest[0] if rest else None,
+        threads=threads,
+        where=where,
+        cpu=cpu_name(),
+        governor=governor(),
+        others=others.share() if mind_others else None,
+    )
 
 
 def ratio_interval(blocks: list[Seconds], float_blocks: list[Seconds]) -> tuple[float, float]:
-    """95 % bootstrap interval of median(float) / median(artifact), from block pairs [rounds][calls].
+    """Interval of median(float) / median(artifact), from block pairs [rounds][calls]: see the module's docstring.
 
-    Rounds are drawn, not single calls: calls of one block share their disturbance. The generator is seeded, so the
-    same times give the same interval.
+    The bootstrap, of 95 %, draws rounds, not single calls: calls of one block share their disturbance. The generator
+    is seeded, so the same times give the same interval.
     """
+    ratio = _median(float_blocks) / _median(blocks)
+    candidates = [*_bootstrap(blocks, float_blocks), ratio * (1 - MIN_HALF_WIDTH), ratio * (1 + MIN_HALF_WIDTH)]
+    for rounds in np.array_split(np.arange(len(blocks)), min(_QUARTERS, len(blocks))):
+        candidates.append(_median([float_blocks[i] for i in rounds]) / _median([blocks[i] for i in rounds]))
+    return min(candidates), max(candidates)
+
+
+def _bootstrap(blocks: list[Seconds], float_blocks: list[Seconds]) -> tuple[float, float]:
     ours, theirs = _thin(blocks), _thin(float_blocks)
     generator = np.random.default_rng(0)
     ratios = np.empty(_RESAMPLES)
@@ -97,9 +127,11 @@ def summary(
     governor: str | None,
     load_ms: float | None = None,
     first_ms: float | None = None,
+    others: float | None = None,
 ) -> Latency:
     """The Latency of times [rounds][calls] in seconds, wherever they were taken, of the artifact and its float twin.
 
+    `others`: the share of the cores' time that other processes took meanwhile, where that is known.
     Raises TightfitError where half of the calls took no time.
     """
     ours = _statistics(blocks)
@@ -113,13 +145,13 @@ def summary(
     }
     scatter = [("the artifact", _block_cv(blocks))]
     if float_blocks is None:
-        warnings = _instabilities(scatter, None, None)
+        warnings = _instabilities(scatter, None, None, others)
         return Latency.model_validate({**facts, **ours, "stable": not warnings, "warnings": tuple(warnings)})
     theirs = _statistics(float_blocks)
     scatter.append(("float", _block_cv(float_blocks)))
     speedup = theirs["p50_ms"] / ours["p50_ms"]
     interval = ratio_interval(blocks, float_blocks)
-    warnings = _instabilities(scatter, speedup, interval)
+    warnings = _instabilities(scatter, speedup, interval, others)
     slower = [_slower(speedup, interval)] if speedup < 1 else []
     twin = {f"float_{name}": value for name, value in theirs.items()}
     return Latency.model_validate(
@@ -154,7 +186,10 @@ def _block_cv(blocks: list[Seconds]) -> float:
 
 
 def _instabilities(
-    scatter: list[tuple[str, float]], speedup: float | None, interval: tuple[float, float] | None
+    scatter: list[tuple[str, float]],
+    speedup: float | None,
+    interval: tuple[float, float] | None,
+    others: float | None,
 ) -> list[str]:
     """Each reason for which the times are too unstable to compare; none when they are stable."""
     found = [
@@ -168,6 +203,8 @@ def _instabilities(
             found.append(
                 f"unstable timing: the speed-up is known to ±{half_width:.0%} only (limit {MAX_HALF_WIDTH:.0%})"
             )
+    if others is not None and not others < MAX_OTHERS:
+        found.append(f"unstable timing: other processes took {others:.0%} of the cores (limit {MAX_OTHERS:.0%})")
     return found
 
 

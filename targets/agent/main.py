@@ -81,6 +81,7 @@ def _blank() -> dict[str, Any]:
         "peak_rss_mib": None,
         "energy_mj": None,
         "void": None,
+        "others": None,
         "warnings": [],
         "error": None,
     }

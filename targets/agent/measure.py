@@ -15,6 +15,7 @@ import numpy as np
 from . import affinity, timing
 from .board import Board
 from .job import Artifact, Job
+from .load import Others
 from .problems import FAILED, Problem, first_line
 from .runtimes import Session, open_session
 from .watch import Watch
@@ -129,7 +130,7 @@ def _time(
     """Times of all, in turns; then the first one's energy, and its times for as long as heat is to be watched."""
     blocks = [one.session.block(one.first) for one in loaded]
     progress("time", 0, timing.ROUNDS)
-    watch = Watch(board)
+    watch, others = Watch(board), Others()
 
     def between(done: int) -> None:
         watch.during()
@@ -145,6 +146,7 @@ def _time(
         )
     except timing.TimingError as error:
         raise Problem(FAILED, str(error)) from error
+    answer["others"] = others.share()
     watch.after()
     answer["void"] = watch.void
     answer["warnings"] += watch.warnings()

@@ -74,6 +74,7 @@ class AnswerFile(_Part):
     peak_rss_mib: Time | None
     energy_mj: Time | None
     void: Text | None
+    others: float | None = Field(ge=0, le=1)
     warnings: tuple[Text, ...]
     error: Failure | None
 
@@ -131,6 +132,7 @@ def whole(
         peak_rss_mib=None if emulated else found.peak_rss_mib,
         energy_mj=found.energy_mj,
         void=found.void,
+        others=found.others,
         warnings=found.warnings,
     )
 

@@ -61,6 +61,7 @@ class Answer:
     """All that came back. `twin` is None where none was sent. `board`: as the report's `BoardState`.
 
     `facts`: system, kernel, python, packages of the device. `void`: why the times do not count, else None.
+    `others`: the share of its cores' time that other processes took while it was timed, where that is known.
     """
 
     artifact: FileAnswer
@@ -71,4 +72,5 @@ class Answer:
     peak_rss_mib: float | None = None
     energy_mj: float | None = None
     void: str | None = None
+    others: float | None = None
     warnings: tuple[str, ...] = ()

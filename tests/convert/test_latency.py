@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.errors import TightfitError
-from convert.latency import BLOCKS, measure, ratio_interval
+from convert.latency import BLOCKS, MIN_HALF_WIDTH, measure, ratio_interval, summary
 from convert.report.schema import Latency
 
 
@@ -44,7 +44,7 @@ def test_a_model_of_constant_speed_has_that_speed_in_every_percentile() -> None:
     assert (latency.p50_ms, latency.p90_ms, latency.p99_ms) == pytest.approx((4, 4, 4))
     assert latency.float_p50_ms == pytest.approx(8)
     assert latency.speedup == pytest.approx(2)
-    assert latency.ratio_interval == pytest.approx((2, 2))
+    assert latency.ratio_interval == pytest.approx((2 * (1 - MIN_HALF_WIDTH), 2 * (1 + MIN_HALF_WIDTH)))
     assert latency.cv == pytest.approx(0, abs=1e-9)
     assert latency.stable
     assert latency.warnings == ()
@@ -206,5 +206,33 @@ def test_thinning_long_blocks_keeps_the_interval() -> None:
     blocks = [generator.gamma(20, 1e-4, 3000) for _ in range(10)]
     slow = [b * 1.5 for b in blocks]
     low, high = ratio_interval(blocks, slow)
-    # Medians of 30,000 values: the interval is as narrow as the blocks are alike.
-    assert (low, high) == pytest.approx((1.5, 1.5), rel=0.01)
+    # Medians of 30,000 values: the interval is as narrow as the blocks are alike, which is as narrow as it gets.
+    assert (low, high) == pytest.approx((1.5 * (1 - MIN_HALF_WIDTH), 1.5 * (1 + MIN_HALF_WIDTH)), rel=0.001)
+
+
+def test_a_disturbance_of_a_quarter_of_the_rounds_widens_the_interval_to_hold_it() -> None:
+    blocks = [np.full(5, 0.001) for _ in range(BLOCKS)]
+    float_blocks = [np.full(5, 0.002 if i < BLOCKS * 3 // 4 else 0.003) for i in range(BLOCKS)]
+    low, high = ratio_interval(blocks, float_blocks)
+    assert (low, high) == pytest.approx((2 * (1 - MIN_HALF_WIDTH), 3))
+
+
+def test_a_machine_that_others_keep_busy_is_marked_unstable() -> None:
+    blocks = [np.full(5, 0.001) for _ in range(BLOCKS)]
+    facts = {"threads": 1, "where": "local", "cpu": "any", "governor": None}
+    assert summary(blocks, blocks, **facts, others=None).stable  # type: ignore[arg-type]
+    assert summary(blocks, blocks, **facts, others=0.05).stable  # type: ignore[arg-type]
+    busy = summary(blocks, blocks, **facts, others=0.4)  # type: ignore[arg-type]
+    assert not busy.stable
+    assert any("other processes took 40% of the cores" in text for text in busy.warnings)
+
+
+def test_a_summary_holds_all_percentiles_and_the_times_of_loading() -> None:
+    blocks = [np.linspace(0.001, 0.002, 101)]
+    latency = summary(
+        blocks, None, threads=1, where="local", cpu="any", governor="ondemand", load_ms=12.5, first_ms=3.5
+    )
+    assert latency.quantiles_ms == pytest.approx(np.linspace(1, 2, 101))
+    assert latency.quantiles_ms[50] == latency.p50_ms
+    assert latency.float_quantiles_ms == ()
+    assert (latency.load_ms, latency.first_ms, latency.governor) == (12.5, 3.5, "ondemand")
