@@ -96,6 +96,7 @@ def bench(
         min_runs=timing.min_runs,
         min_seconds=timing.min_seconds,
         threads=threads,
+        mind_others=True,
         progress=lambda share: progress.advance(round(share * 100), 100, "%"),
     )
     float_name = None if twin is None else str(twin)

@@ -246,9 +246,11 @@ def _latency(transport: Transport, answer: Answer, threads: int) -> tuple[Latenc
         where=transport.address,
         cpu=answer.facts.get("machine") or answer.facts.get("cpu", "unknown"),
         governor=before.get("governor"),
+        load_ms=answer.artifact.load_ms,
+        first_ms=answer.artifact.first_ms,
+        others=answer.others,
     )
-    times = {"load_ms": answer.artifact.load_ms, "first_ms": answer.artifact.first_ms}
-    return latency.model_copy(update=times), None
+    return latency, None
 
 
 def _instructions(transport: Transport, answer: Answer) -> tuple[Instructions | None, str | None]:
