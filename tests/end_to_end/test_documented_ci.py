@@ -144,11 +144,11 @@ def test_a_latency_on_a_named_device_is_a_gate(repository: Path) -> None:
     limit = f"\n[on.local]\nmax_p50_ms = {4 * usual}\n"
     (repository / "budget.toml").write_text(BUDGET + limit)
     commit(repository, "A limit on a device")
-    code, text = built(repository, on="local", baseline="")
+    code, text = built(repository, places="local", baseline="")
     assert code == 0, text
     (repository / "recipe.txt").write_text("w8a16")
     commit(repository, "Slower")
-    assert built(repository, on="local", baseline="")[0] == 1
+    assert built(repository, places="local", baseline="")[0] == 1
     assert "max_p50_ms" in failed_gates(repository)
 
 
@@ -157,17 +157,17 @@ def test_more_instructions_are_a_failed_gate(repository: Path) -> None:
         pytest.skip(f"the emulated board is not built: tightfit emulator build {BOARD}")
     place = f"emulated:{BOARD}"
     shutil.rmtree(repository / "baseline")
-    code, text = built(repository, on=place)
+    code, text = built(repository, places=place)
     assert code == 0, text
     counted = json.loads((repository / "out" / "report.json").read_text())["results"][0]["instructions"]["all"]
     (repository / "out").rename(repository / "baseline")
     (repository / "budget.toml").write_text(f'{BUDGET}\n[on."{place}"]\nmax_instructions = {int(counted * 1.05)}\n')
     commit(repository, "A limit on instructions")
-    code, text = built(repository, on=place)
+    code, text = built(repository, places=place)
     assert code == 0, text
     (repository / "recipe.txt").write_text("float32")
     commit(repository, "Float takes more")
-    assert built(repository, on=place)[0] == 1
+    assert built(repository, places=place)[0] == 1
     assert failed_gates(repository) >= {"max_instructions", f"baseline_instructions on {place}"}
 
 
