@@ -40,7 +40,8 @@ class Keeper:
 
     def __init__(self, silence: float, grace: float) -> None:
         self.silence, self.grace = silence, grace
-        self.ending = threading.Event()
+        # Written to when the session shall end. No Event: a signal may come while its lock is held, for ever.
+        self.bell = os.pipe()
         self.line: Line | None = None
         self.base = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.errands = Errands(self.base / "work", lambda: self.line)
@@ -49,7 +50,7 @@ class Keeper:
     def prepare(self) -> None:
         """Make the folder and the socket; let signals end the session."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda *_: self.ending.set())
+            signal.signal(number, lambda *_: self.end())
         adopt_orphans()
         self.errands.folder.mkdir()
         self.socket.bind(str(self.base / "line"))
@@ -60,12 +61,16 @@ class Keeper:
         self._join(_read_in, _write_out)
         threading.Thread(target=self._accept, daemon=True).start()
         # Seldom: the device may be timing something.
-        while not self.ending.wait(min(1.0, self.grace / 4)) and time.monotonic() < self._deadline():
+        pause = min(1.0, self.grace / 4)
+        while not select.select([self.bell[0]], [], [], pause)[0] and time.monotonic() < self._deadline():
             pass
+
+    def end(self) -> None:
+        """Let `keep` return."""
+        os.write(self.bell[1], b".")
 
     def clean(self) -> None:
         """Kill what the session started, and remove its folder."""
-        self.ending.set()
         ended = end_all(self.errands.command.leader)
         gone = _remove(self.base)
         if self.line is not None:
@@ -79,6 +84,7 @@ class Keeper:
 
     def _join(self, read: Any, write: Any) -> None:
         line = self.line = Line(read, write, self._take)
+        line.start()
         line.say(**self._hello())
 
     def _hello(self) -> dict[str, Any]:
@@ -96,7 +102,7 @@ class Keeper:
         if line is not self.line:
             return
         if kind == NOTE and json.loads(payload).get("do") == "close":
-            self.ending.set()
+            self.end()
         elif kind == BEAT:
             if payload:
                 number, seen = json.loads(payload)

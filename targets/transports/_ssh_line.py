@@ -19,7 +19,7 @@ Took = Callable[["Line", bytes, bytes], None]
 
 
 class Line:
-    """One connection to the host, by which `took` gets what comes and `send` never waits."""
+    """One connection to the host, once started: `took` gets what comes, and `send` never waits."""
 
     def __init__(self, read: Callable[[int], bytes], write: Callable[[bytes], Any], took: Took) -> None:
         self.heard = time.monotonic()
@@ -28,6 +28,9 @@ class Line:
         self._waiting: collections.deque[bytes] = collections.deque()
         self._size = 0
         self._change = threading.Condition()
+
+    def start(self) -> None:
+        """Read and write from now on."""
         for work in (self._reading, self._writing):
             threading.Thread(target=work, daemon=True).start()
 

@@ -9,8 +9,10 @@ from ssh_server import SshServer
 
 from targets.transports._ssh_connection import Patience
 
-# Short, so that tests are; long enough for a login on a busy machine.
+# For what shall give up.
 SHORT = Patience(connect=5, greet=20, beat=0.2, silence=2, grace=3, close=10)
+# For what shall succeed: a login takes seconds, of which a busy machine makes many, an emulated board more.
+PATIENT = Patience(connect=20, greet=90, beat=0.5, silence=20, grace=60, close=20)
 ROOT = Path(__file__).resolve().parents[3]
 # Hides as a daemon does: a session of its own, no parent, deaf to polite signals.
 DAEMON = """

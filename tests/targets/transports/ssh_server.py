@@ -97,8 +97,8 @@ class SshServer:
         until = time.monotonic() + seconds
         while (self.processes() or self.sessions()) and time.monotonic() < until:
             time.sleep(0.05)
-        assert self.processes() == []
-        assert self.sessions() == []
+        assert self.processes() == [], self.running()
+        assert self.sessions() == [], self.sessions()
 
 
 def _processes(kind: str, ours: Callable[[bytes], bool]) -> Iterator[tuple[int, str]]:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ssh_client import DAEMON, SHORT, big, client
+from ssh_client import DAEMON, PATIENT, SHORT, big, client
 from ssh_server import SshServer, login_script, network, ssh_server
 
 from targets.errors import MissingRuntime, TargetError
 from targets.transports import opened
+from targets.transports._ssh_connection import Patience
 from targets.transports.ssh import SshTransport
 
 
@@ -25,8 +26,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServe
         yield found
 
 
-def at(port: int) -> SshTransport:
-    return SshTransport(f"ssh://127.0.0.1:{port}", SHORT)
+def at(port: int, patience: Patience = PATIENT) -> SshTransport:
+    return SshTransport(f"ssh://127.0.0.1:{port}", patience)
 
 
 def test_files_go_there_and_come_back_and_nothing_is_left(server: SshServer, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_a_network_that_stays_dead_is_told_and_the_device_cleans_itself(
 ) -> None:
     path = big(tmp_path / "a", 40 << 20)
     with network(server.port) as way:
-        device = at(way.port)
+        device = at(way.port, SHORT)
 
         def die() -> None:
             while way.passed[0] < 4 << 20:
@@ -221,11 +222,9 @@ def test_control_c_ends_the_command_there_at_once(server: SshServer) -> None:
 
 
 def test_a_login_that_the_device_ends_leaves_nothing(server: SshServer) -> None:
-    device = SshTransport(server.address(), SHORT)
+    device = SshTransport(server.address(), PATIENT)
     device.open()
-    keeper = int(
-        subprocess.run(["pgrep", "-f", "tightfit-old-python"], capture_output=True, text=True).stdout.split()[0]
-    )
+    (keeper,) = server.running()
     os.kill(keeper, signal.SIGTERM)
     server.demand_nothing_left()
     with pytest.raises(TargetError, match="its session is gone"):
@@ -295,3 +294,55 @@ def small_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, options: str):  # 
     found = ssh_server(folder, script)
     monkeypatch.setenv("TIGHTFIT_SSH_CONFIG", str(folder / "ssh_config"))
     return found
+
+
+def test_control_c_while_a_file_is_sent_leaves_nothing(server: SshServer, tmp_path: Path) -> None:
+    with network(server.port) as way:
+        device = at(way.port)
+
+        def interrupt() -> None:
+            while way.passed[0] < 4 << 20:
+                time.sleep(0.005)
+            signal.raise_signal(signal.SIGINT)
+
+        device.open()
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            device.push({"a": big(tmp_path / "a", 100 << 20)})
+        assert way.passed[0] < 100 << 20
+        device.push({"b": big(tmp_path / "b", 1 << 20)})
+        assert sorted(p.name for p in (server.sessions()[0] / "work").iterdir()) == ["a.part", "b"]
+        device.close()
+        server.demand_nothing_left(0)
+
+
+def test_a_connection_that_the_user_shares_is_used_and_left_to_him(server: SshServer) -> None:
+    shared = server.folder / "cm"
+    with server.config.open("a") as file:
+        file.write(f"  ControlPath {shared}\n  ControlMaster auto\n  ControlPersist 60\n")
+    with opened(server.address()):
+        pass
+    assert not shared.exists(), "none is left behind by us"
+    login = ["ssh", "-F", str(server.config), "-p", str(server.port)]
+    subprocess.run([*login, "-fN", "127.0.0.1"], check=True, stderr=subprocess.DEVNULL)
+    try:
+        with opened(server.address()) as device:
+            assert "host_key" not in device.facts(), "which is told by a new connection"
+        assert shared.exists()
+    finally:
+        subprocess.run([*login, "-O", "exit", "127.0.0.1"], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_a_command_that_floods_waits_for_whoever_reads(server: SshServer) -> None:
+    count = 0
+
+    def slowly(_: str) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            time.sleep(1)
+
+    with opened(server.address()) as device:
+        program = "for i in range(50000): print('x' * 100)"
+        assert device.run([*device.python, "-c", program], seconds=120, line=slowly).code == 0
+    assert count == 50000

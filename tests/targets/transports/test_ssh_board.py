@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ssh_client import DAEMON, SHORT, big, client
+from ssh_client import DAEMON, PATIENT, SHORT, big, client
 from ssh_server import SshServer, key_pair, network, ssh_server
 
 from targets.errors import MissingRuntime, TargetError
-from targets.transports._ssh_connection import Patience
 from targets.transports.ssh import SshTransport
 
 pytestmark = pytest.mark.slow
 
 BOARD = "raspberry-pi-4b"
-# A login there takes seconds, of which a busy machine makes many.
-PATIENT = Patience(connect=20, greet=90, beat=0.5, silence=20, grace=60, close=20)
 # For what shall give up.
 HASTY = dataclasses.replace(PATIENT, silence=6, grace=4)
 
