@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from targets.errors import TargetError
 CHUNK = 1 << 18
 TRIES = 4
 SECONDS = 30.0
+# Not every OSError: a full disk is none of the network.
+NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
 
 
 def fetch(url: str, path: Path, sha256: str, advance: Callable[[int], None] = lambda count: None) -> None:
@@ -36,7 +39,7 @@ def fetch(url: str, path: Path, sha256: str, advance: Callable[[int], None] = la
                 raise TargetError(
                     f"{url} cannot be downloaded: the server answers {error.code} {error.reason}."
                 ) from error
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except NETWORK as error:
             if turn == TRIES - 1:
                 raise TargetError(_no_network(url, error)) from error
         time.sleep(2.0**turn / 2)

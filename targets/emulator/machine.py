@@ -22,7 +22,7 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # of machines that can 
 class Machine:
     """A board that is built: `root` is its file system, `emulator` the folder of QEMU; `plugin` counts instructions.
 
-    `uncounted`: why there is no plugin, else None.
+    `uncounted`: why there is no plugin, else None. `extras`: what `build` was asked for beyond the usual.
     """
 
     board: boards.Board
@@ -31,6 +31,7 @@ class Machine:
     version: str
     plugin: Path | None
     uncounted: str | None
+    extras: frozenset[str] = frozenset()
 
     def command(self, program: Sequence[str], count_into: str | None = None) -> list[str]:
         """The command that runs a program of the board; `program[0]` is its path there.
@@ -93,9 +94,10 @@ def find(name: str) -> Machine:
                 "builds it again."
             )
     says = store.manifest(folder / "qemu") or {}
-    plugin = folder / "qemu" / "libcost.so"
+    extras = frozenset((store.manifest(base_of(board)) or {}).get("extras", ()))
     uncounted = says.get("uncounted")
-    return Machine(board, part, folder / "qemu", says["version"], None if uncounted else plugin, uncounted)
+    plugin = None if uncounted else folder / "qemu" / "libcost.so"
+    return Machine(board, part, folder / "qemu", says["version"], plugin, uncounted, extras)
 
 
 def is_built(name: str) -> bool:
@@ -118,7 +120,7 @@ def login_command(name: str, home: Path) -> list[str]:
     """
     machine = find(name)
     board = machine.board
-    if "login" not in (store.manifest(base_of(board)) or {}).get("extras", ()):
+    if "login" not in machine.extras:
         raise MissingRuntime(
             f"{name} was built without a shell; build it with targets.emulator.build({name!r}, extras=('login',))."
         )
@@ -160,7 +162,7 @@ def base_of(board: boards.Board) -> Path:
 
 def of_board(name: str) -> str:
     """The identity of a board's own part."""
-    return store.identity(boards.path_of(name))
+    return store.identity(boards.path_of(name), Path(boards.__file__))
 
 
 def of_base() -> str:
@@ -170,7 +172,7 @@ def of_base() -> str:
 
 def of_emulator() -> str:
     """The identity of the emulator and its plugin."""
-    return store.identity(store.RECIPE, counting.SOURCE)
+    return store.identity(store.RECIPE, counting.SOURCE, Path(counting.__file__))
 
 
 def _host() -> tuple[str, str]:
