@@ -81,10 +81,10 @@ def _run(transport: Transport, errand: Errand, keep: Path | None, name: str) -> 
     answer = carry_out(transport, errand, lambda *_: None)
     assert answer.twin is not None
     if keep is not None:
-        print(name, answer.others, file=sys.stderr)
         keep.mkdir(parents=True, exist_ok=True)
         pairs = {"artifact": answer.artifact.blocks, "float": answer.twin.blocks}
-        np.savez(keep / f"{name}.npz", **{f"{w}/{i}": b for w, blocks in pairs.items() for i, b in enumerate(blocks)})
+        rounds = {f"{which}/{i}": block for which, blocks in pairs.items() for i, block in enumerate(blocks)}
+        np.savez(keep / f"{name}.npz", others=np.array(answer.others, np.float64), **rounds)
     return summary(
         answer.artifact.blocks,
         answer.twin.blocks,
