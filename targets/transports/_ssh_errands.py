@@ -189,6 +189,7 @@ class Command:
             process = subprocess.Popen(
                 command,
                 cwd=self._folder,
+                env={**os.environ, **_own_folders(self._folder.parent / "tmp")},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -222,6 +223,11 @@ class Command:
     def _expire(self, leader: int, late: threading.Event) -> None:
         late.set()
         end_all(leader)
+
+
+def _own_folders(folder: Path) -> dict[str, str]:
+    """Where a command's temporary files and caches go: runtimes leave some, and these go with the session."""
+    return {"TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
 
 
 def _lines(file: IO[bytes], take: Callable[[str], object]) -> None:

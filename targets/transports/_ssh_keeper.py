@@ -52,7 +52,8 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, lambda *_: self.end())
         adopt_orphans()
-        self.errands.folder.mkdir()
+        for folder in (self.errands.folder, self.base / "tmp"):
+            folder.mkdir()
         self.socket.bind(str(self.base / "line"))
         self.socket.listen(4)
 

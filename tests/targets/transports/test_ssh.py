@@ -122,6 +122,14 @@ def test_what_a_command_leaves_running_ends_with_it(server: SshServer) -> None:
         assert [text for text in server.processes() if "setsid" in text] == []
 
 
+def test_what_a_command_leaves_in_the_temporary_folder_goes_with_the_session(server: SshServer) -> None:
+    program = "import tempfile; open(tempfile.gettempdir() + '/left', 'w').write('x')"
+    with opened(server.address()) as device:
+        assert device.run([*device.python, "-c", program], seconds=20).code == 0
+        assert [p.name for p in (server.sessions()[0] / "tmp").iterdir()] == ["left"]
+    server.demand_nothing_left(0)
+
+
 def test_a_program_that_is_not_there_is_a_missing_runtime(server: SshServer) -> None:
     with opened(server.address()) as device, pytest.raises(MissingRuntime, match="'trtexec' cannot be started on"):
         device.run(["trtexec"], seconds=5)
@@ -271,8 +279,8 @@ def test_a_disk_that_becomes_full_on_the_way_is_told_and_nothing_of_the_file_is_
 
 
 def test_a_disk_without_room_for_one_more_file_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that are free say nothing here: the fifth thing on that disk gets the device's own ENOSPC."""
-    with small_disk(tmp_path, monkeypatch, "size=9m,nr_inodes=5") as server, opened(server.address()) as device:
+    """The bytes that are free say nothing here: the sixth thing on that disk gets the device's own ENOSPC."""
+    with small_disk(tmp_path, monkeypatch, "size=9m,nr_inodes=6") as server, opened(server.address()) as device:
         device.push({"a": big(tmp_path / "a", 1000)})
         with pytest.raises(TargetError, match=r"became full while sending 'b'.*No space left on device"):
             device.push({"b": big(tmp_path / "b", 1000)})

@@ -7,10 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from ssh_client import DAEMON, PATIENT, SHORT, big, client
 from ssh_server import SshServer, key_pair, network, ssh_server
 
+from targets.errands import Errand, carry_out
 from targets.errors import MissingRuntime, TargetError
 from targets.transports.ssh import SshTransport
 
@@ -161,3 +166,31 @@ def test_a_disk_that_becomes_full_on_the_way_is_told(tmp_path: Path, monkeypatch
         finally:
             device.close()
         server.demand_nothing_left(0)
+
+
+def test_an_errand_runs_on_the_board_and_its_outputs_are_those_of_this_machine(
+    server: SshServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "conv.onnx"
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((8, 3, 3, 3), np.float32), "w")
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 9, 9]), ("y", [1, 8, 7, 7]))
+    ]
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    inputs = {"x": rng.standard_normal((4, 3, 9, 9), np.float32)}
+    device = SshTransport(server.address(), PATIENT)
+    try:
+        device.open()
+        errand = Errand(artifact=path, twin=None, inputs=inputs, batch=1, seconds=300)
+        answer = carry_out(device, errand, lambda *_: None)
+    finally:
+        device.close()
+    here = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    expected = np.concatenate([here.run(None, {"x": inputs["x"][i : i + 1]})[0] for i in range(4)])
+    assert "Raspberry Pi 4" in answer.facts["machine"]
+    # Sums of 27 products of numbers near 1, added in another order.
+    np.testing.assert_allclose(answer.artifact.outputs["y"], expected, rtol=0, atol=2e-5)
+    assert np.abs(expected).max() > 1
+    assert list((server.device.parent / "root").iterdir()) == [], "nothing in the user's folder either"
