@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from .runtimes import Arrays
 
 PROVIDERS = ["CPUExecutionProvider"]
+SATURATES = (
+    "this x86 processor has no VNNI: ONNX Runtime adds products of unsigned activations and 8-bit weights in 16 bits "
+    "there, which may saturate; outputs are what it gives, and not what Arm boards or x86 with VNNI give"
+)
 
 
 class OnnxSession:
@@ -41,7 +46,7 @@ class OnnxSession:
         self.load_seconds = time.perf_counter() - start
         self._names = [output.name for output in self._session.get_outputs()]
         self.executor = f"ONNX Runtime {runtime.__version__} ({', '.join(self._session.get_providers())})"
-        self.warnings: list[str] = []
+        self.warnings = [SATURATES] if may_saturate(path) else []
         self.in_process = True
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -74,6 +79,18 @@ class OnnxSession:
                 )
             arrays[spec.name] = array
         return arrays
+
+
+def may_saturate(path: Path, machine: str = platform.machine(), cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether a file with quantized layers is run on an x86 that does not say it has VNNI."""
+    if machine not in ("x86_64", "AMD64"):
+        return False
+    try:
+        if "vnni" in cpuinfo.read_text(encoding="utf-8", errors="replace"):
+            return False
+    except OSError:
+        pass  # as on Windows: nothing says that it has
+    return b"uantizeLinear" in path.read_bytes()  # and DequantizeLinear, which weights need
 
 
 def _runtime() -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("ai_edge_litert", reason="running .tflite files needs the extra [tflite]")
@@ -13,6 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 from targets import _tflite_run
 from targets.agent import known_answer
 from targets.agent.job import Artifact
+from targets.agent.onnx_session import may_saturate
 from targets.agent.problems import Problem
 from targets.agent.runtimes import Session, open_session
 from targets.agent.tflite_session import fitted
@@ -68,6 +70,28 @@ def test_a_damaged_file_fails_in_the_runtimes_words(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: 100 if path.suffix == ".onnx" else 300])
     with pytest.raises(Problem, match=r"there (can't|does not) load model"):
         opened(path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "quantized", "warned"),
+    [
+        ("x86_64", "avx2", True, True),
+        ("x86_64", "avx2", False, False),
+        ("x86_64", "avx2 avx512_vnni", True, False),
+        ("x86_64", "avx2 avx_vnni", True, False),
+        ("aarch64", "asimd", True, False),
+    ],
+)
+def test_sums_that_may_saturate_are_warned_of(
+    tmp_path: Path, machine: str, flags: str, quantized: bool, warned: bool
+) -> None:
+    path, cpuinfo = dense_onnx(tmp_path / "model.onnx"), tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {flags}\n")
+    if quantized:
+        model = onnx.load(path)
+        model.graph.node[0].op_type = "DequantizeLinear"
+        path.write_bytes(model.SerializeToString())
+    assert may_saturate(path, machine, cpuinfo) == warned
 
 
 def test_a_package_is_refused_by_the_agent_too(tmp_path: Path) -> None:
