@@ -12,6 +12,7 @@ from convert.alternatives import alternatives, run_like_device
 from convert.automatic import improve
 from convert.compress import Compressed
 from convert.errors import TightfitError
+from convert.estimate import estimate
 from convert.evaluation import Judged, judge
 from convert.latency import measure
 from convert.options import Run
@@ -57,9 +58,19 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     result = _result(
         run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
     )
+    result = _with_estimate(result, run, lowered.job, placement, profile)
     _manifest(run, home, result, path, kept_twin)
     run.builder.forget_trials(made.decision.plan.steps)
     return result
+
+
+def _with_estimate(
+    result: schema.Result, run: Run, job: targets.Job, placement: targets.Placement, profile: DeviceProfile
+) -> schema.Result:
+    """The result, with what the artifact should take on the device, or why nobody can say."""
+    found = estimate(job, run.captured.graph, placement, profile, run.options.threads)
+    key = "estimate_note" if isinstance(found, str) else "estimate"
+    return result.model_copy(update={key: found})
 
 
 def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> tuple[Run, Lowered]:

@@ -149,8 +149,12 @@ def results_table(report: "Report") -> Table:
 
 
 def _print_runs(report: "Report") -> None:
-    """One line for everything that ran elsewhere."""
+    """One line for everything that ran elsewhere, and for what it should take where nothing was timed."""
+    from convert.report.run_words import estimated
+
     for result in report.results:
+        if estimated(result):
+            out.print(f"[dim]{escape(estimated(result))}, {escape(result.target)}[/dim]")
         for run in result.runs:
             out.print(f"[bold]{escape(result.subject)}[/bold] on {escape(run.on)}: {escape(run_line(run))}")
 

@@ -32,8 +32,7 @@ class Cost:
 
 def costs(graph: GraphModule, inputs: Sequence[InputSpec]) -> list[Cost]:
     """The operators of a float graph in the order they run; nothing is computed, shapes alone flow through it."""
-    shapes = _Shapes(graph)
-    shapes.trace(inputs)
+    shapes = shapes_of(graph, inputs)
     found: list[Cost] = []
     counted: set[str] = set()
     for node in graph.graph.nodes:
@@ -45,9 +44,16 @@ def costs(graph: GraphModule, inputs: Sequence[InputSpec]) -> list[Cost]:
             if source.op == "get_attr" and _is_parameter(graph, source) and str(source.target) not in counted:
                 counted.add(str(source.target))
                 parameters += constant(graph, source).numel()
-        shape = shapes.of.get(node, ())
-        found.append(Cost(layer_name(node), what, operator_name(node), shape, parameters, _macs(node, shapes.of)))
+        shape = shapes.get(node, ())
+        found.append(Cost(layer_name(node), what, operator_name(node), shape, parameters, macs(node, shapes)))
     return found
+
+
+def shapes_of(graph: GraphModule, inputs: Sequence[InputSpec]) -> dict[Node, Shape]:
+    """The shape of every node that gives a tensor, at batch 1 where the batch is free."""
+    shapes = _Shapes(graph)
+    shapes.trace(inputs)
+    return shapes.of
 
 
 class _Shapes(Interpreter):
@@ -85,7 +91,7 @@ def _is_parameter(graph: GraphModule, node: Node) -> bool:
     return bool(node.meta.get("parameter", isinstance(value, torch.nn.Parameter)))
 
 
-def _macs(node: Node, shapes: dict[Node, Shape]) -> int | None:
+def macs(node: Node, shapes: dict[Node, Shape]) -> int | None:
     """Multiply-accumulates of one operator; 0 for those that have no product of two tensors along an axis."""
     what = kind(node)
     if what == "lstm":

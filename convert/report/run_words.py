@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import words
 from .measures import Latency
 from .runs import BoardState, DeviceRun, HostAgreement, Instructions
+from .schema import Result
 
 # Longer than this a sentence is no cell of a table: failures have a paragraph elsewhere.
 _SHORT = 60
@@ -130,3 +131,14 @@ def _range(values: list[float | None], unit: str) -> str:
         return "–"
     low, high = f"{min(known):.4g}", f"{max(known):.4g}"
     return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def estimated(result: Result) -> str:
+    """What one call should take on the device, as an estimate with its interval; "" where there is none."""
+    found = result.estimate
+    if found is None:
+        return ""
+    threads = "" if found.threads is None else f", {found.threads} thread{'s' * (found.threads > 1)}"
+    low, middle, high = (words.milliseconds(value) for value in (found.low_ms, found.mid_ms, found.high_ms))
+    beside = "" if found.float_mid_ms is None else f"; float {words.milliseconds(found.float_mid_ms)}"
+    return f"estimate for {result.device}, not measured: {middle} ({low} to {high}{threads}{beside})"

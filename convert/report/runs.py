@@ -1,6 +1,6 @@
 """What one artifact did on one device, real or emulated: outputs, instructions or times, and the state of the board."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -91,4 +91,23 @@ class DeviceRun(Part):
             raise ValueError("a run without latency says why")
         if self.emulated and self.latency is not None:
             raise ValueError("emulated time is no latency")
+        return self
+
+
+class Estimate(Part):
+    """What one call should take on the device, where nothing was measured there. Not a latency: no gate reads it."""
+
+    word: Literal["estimate"] = "estimate"
+    low_ms: float = Field(gt=0, allow_inf_nan=False, description="The 90 % interval's lower end.")
+    mid_ms: float = Field(gt=0, allow_inf_nan=False)
+    high_ms: float = Field(gt=0, allow_inf_nan=False, description="Its upper end.")
+    float_mid_ms: FiniteFloat | None = Field(default=None, description="The float model's, with the same uncertainty.")
+    threads: int | None = Field(default=None, ge=1, description="Of a processor; null for an accelerator.")
+    basis: str = Field(description="What it rests on, in words.")
+    fitted_on: int = Field(ge=1, description="How many public measurements its factors are fitted on.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.low_ms <= self.mid_ms <= self.high_ms:
+            raise ValueError("an estimate lies inside its interval")
         return self

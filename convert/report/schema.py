@@ -11,9 +11,9 @@ from typing import Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from .measures import EXACT_SQNR_DB, Latency, Part, Signal, Stage
-from .runs import DeviceRun, Instructions
+from .runs import DeviceRun, Estimate, Instructions
 
-__all__ = ["EXACT_SQNR_DB", "DeviceRun", "Instructions", "Latency", "Part", "Signal", "Stage"]
+__all__ = ["EXACT_SQNR_DB", "DeviceRun", "Estimate", "Instructions", "Latency", "Part", "Signal", "Stage"]
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -219,6 +219,8 @@ class Result(Part):
     instructions: Instructions | None = Field(
         default=None, description="Instructions per inference: those of the emulated device, else of the first counted."
     )
+    estimate: Estimate | None = Field(default=None, description="Of the latency on the device itself: not measured.")
+    estimate_note: str | None = Field(default=None, description="Why there is no estimate.")
     gates: tuple[GateResult, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
 
