@@ -24,7 +24,7 @@ def choices(entries: Sequence[Entry]) -> list[Choice]:
 def time_there(place: Place) -> float | None:
     """The median of a time that counts: on a device, stable, neither void nor throttled; else None."""
     timed = place.latency
-    if place.where in ("host", "local") or place.emulated or place.outcome != "ran" or timed is None:
+    if place.here or place.emulated or place.outcome != "ran" or timed is None:
         return None
     return timed.p50_ms if timed.stable else None
 

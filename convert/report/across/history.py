@@ -66,7 +66,7 @@ def _counted(place: Place) -> str | None:
 def _common(group: list[Entry], where_of: Callable[[Place], str | None]) -> str | None:
     """The place that measured most of the group; of those, a device before the host."""
     seen = Counter(where for entry in group for place in entry.places if (where := where_of(place)) is not None)
-    return max(seen, key=lambda where: (seen[where], not where.startswith("host")), default=None)
+    return max(seen, key=lambda where: (seen[where], not where.startswith(("host", "local"))), default=None)
 
 
 def _worse(before: HistoryPoint, after: HistoryPoint) -> list[str]:

@@ -49,7 +49,7 @@ def matrix(across: Across) -> dict[tuple[str, str], dict[str, list[Entry]]]:
 
 def best_place(entry: Entry) -> Place | None:
     """Where an artifact was timed on a device, if anywhere: the first place with a time that is not void."""
-    return next((p for p in entry.places if p.where != "host" and p.latency and p.outcome != "void"), None)
+    return next((p for p in entry.places if not p.here and p.latency and p.outcome != "void"), None)
 
 
 def shared_layers(across: Across) -> list[tuple[str, str, int, int]]:

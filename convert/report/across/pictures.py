@@ -70,7 +70,7 @@ def by_instructions(entries: Sequence[Entry], where: str) -> Markup:
 def timed_places(entries: Sequence[Entry]) -> list[str]:
     """Where something was timed, devices before hosts."""
     found = dict.fromkeys(place_name(p) for e in entries for p in e.places if _has_time(p))
-    return sorted(found, key=lambda name: name.startswith("host"))
+    return sorted(found, key=lambda name: name.startswith(("host", "local")))
 
 
 def counted_places(entries: Sequence[Entry]) -> list[str]:

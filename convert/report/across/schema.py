@@ -45,6 +45,11 @@ class Place(Part):
     energy_mj: FiniteFloat | None = None
     peak_rss_mib: FiniteFloat | None = None
 
+    @property
+    def here(self) -> bool:
+        """Whether it is the host that converted, also where it was asked for by its address."""
+        return self.where in ("host", "local")
+
 
 class Entry(Part):
     """One artifact. `number` names it in tables and pictures."""

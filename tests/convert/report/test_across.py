@@ -12,6 +12,7 @@ from three_devices import board_run, counted_run, three_by_three, timed, void_ru
 from convert.errors import TightfitError
 from convert.report.across.build import across, compared
 from convert.report.across.gather import Given, gather
+from convert.report.across.page import best_place
 from convert.report.across.schema import Across
 from convert.report.schema import Report
 
@@ -57,6 +58,12 @@ def test_times_on_the_host_decide_nothing() -> None:
     made = of(pi("onnx", bytes=100, latency=timed(9.0, 12.0)), pi("tflite", bytes=200, latency=timed(1.0, 12.0)))
     assert made.entry(made.choices[0].entry or 0).target == "onnx"
     assert made.choices[0].rule.startswith("fewest bytes: 100 B, next 200 B")
+
+
+def test_a_time_on_this_machine_by_its_address_is_no_time_on_a_device() -> None:
+    made = of(pi("onnx", bytes=100, runs=[board_run(9.0, 12.0, "local")]), pi("tflite", bytes=200))
+    assert made.choices[0].rule.startswith("fewest bytes")
+    assert best_place(made.entries[0]) is None
 
 
 @pytest.mark.parametrize(
