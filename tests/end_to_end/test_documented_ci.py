@@ -139,17 +139,15 @@ def test_a_regression_fails_the_gates_of_its_kind(recipe: str, repository: Path)
 
 
 def test_a_latency_on_a_named_device_is_a_gate(repository: Path) -> None:
-    """The device is this machine: 16-bit activations take ten times the time of int8 and more."""
-    usual = json.loads((repository / "baseline" / "report.json").read_text())["results"][0]["latency"]["p50_ms"]
-    limit = f"\n[on.local]\nmax_p50_ms = {4 * usual}\n"
-    (repository / "budget.toml").write_text(BUDGET + limit)
+    """The device is this machine. Limits far from any time: how busy it is decides no verdict."""
+    (repository / "budget.toml").write_text(f"{BUDGET}\n[on.local]\nmax_p50_ms = 100_000\n")
     commit(repository, "A limit on a device")
     code, text = built(repository, places="local", baseline="")
     assert code == 0, text
-    (repository / "recipe.txt").write_text("w8a16")
-    commit(repository, "Slower")
+    (repository / "budget.toml").write_text(f"{BUDGET}\n[on.local]\nmax_p50_ms = 0.000_1\n")
+    commit(repository, "A limit that it misses")
     assert built(repository, places="local", baseline="")[0] == 1
-    assert "max_p50_ms" in failed_gates(repository)
+    assert failed_gates(repository) == {"max_p50_ms"}
 
 
 def test_more_instructions_are_a_failed_gate(repository: Path) -> None:
