@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,8 @@ class SshServer:
             f"AuthorizedKeysFile {folder / 'authorized'}",
             *("StrictModes no", "UsePAM no", "PasswordAuthentication no", "KbdInteractiveAuthentication no"),
             *("PermitRootLogin prohibit-password", "PrintMotd no", "LogLevel ERROR", "MaxStartups 100"),
-            f"SetEnv TMPDIR={self.device}",
+            # A home without scripts: those of whoever runs the tests may be slow, or print.
+            f"SetEnv TMPDIR={self.device} HOME={folder} PATH={sys.base_prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             *((f"ForceCommand {login}",) if login else ()),
         ]
         (folder / "sshd_config").write_text("\n".join(lines) + "\n")
@@ -90,7 +92,7 @@ class SshServer:
         """The same, by process: what has the device's TMPDIR, or the emulated board's /tmp."""
         if self.board:
             return dict(_processes("mountinfo", lambda found: str(self.device).encode() in found))
-        return dict(_processes("environ", lambda found: f"TMPDIR={self.device}".encode() in found.split(b"\0")))
+        return dict(_processes("environ", lambda found: f"\0TMPDIR={self.device}".encode() in b"\0" + found))
 
     def demand_nothing_left(self, seconds: float = 5.0) -> None:
         """Nothing runs, nothing lies about, within so long."""

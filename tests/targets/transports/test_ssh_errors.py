@@ -18,7 +18,7 @@ from targets.transports._ssh_boot import MODULES, OLDEST, PYTHON, remote_command
 from targets.transports._ssh_connection import Patience
 from targets.transports.ssh import SshTransport
 
-QUICK = Patience(connect=2, greet=3)
+QUICK = Patience(connect=5, greet=60)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServe
     with ssh_server(tmp_path) as found:
         monkeypatch.setenv("TIGHTFIT_SSH_CONFIG", str(found.config))
         yield found
-        found.demand_nothing_left(0)
+        found.demand_nothing_left()
 
 
 def refusal(address: str, kind: type[TargetError] = TargetError, patience: Patience = QUICK) -> str:
