@@ -31,7 +31,7 @@ from targets.transports._ssh_frames import BEAT, CHUNK, GREETING, NOTE, note
 from targets.transports._ssh_line import Line
 from targets.transports._ssh_processes import adopt_orphans, end_all
 
-PREFIX = "tightfit-"
+PREFIX = "tightfit-ssh-"
 FRESH_SECONDS = 60.0
 
 

@@ -241,7 +241,7 @@ def test_a_login_that_the_device_ends_leaves_nothing(server: SshServer) -> None:
 
 
 def test_what_a_dead_keeper_left_is_removed_by_the_next_session(server: SshServer) -> None:
-    left, other = server.device / "tightfit-dead", server.device / "tightfit-other"
+    left, other = server.device / "tightfit-ssh-dead", server.device / "tightfit-ssh-other"
     for folder in (left, other):
         folder.mkdir()
         (folder / "big").write_bytes(b"x")
