@@ -98,7 +98,7 @@ def locked(waiting: Any) -> Iterator[None]:
 def _in_words(part: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return (
-            f"The disk is full: {part.name} cannot be built in {part.parent}. A first board needs about 1 GiB there "
-            "while it is built. Make room, or name another folder in TIGHTFIT_CACHE; what was downloaded is kept."
+            f"The disk is full: {part.name} cannot be built in {part.parent}. A first board needs about 500 MiB "
+            "there while it is built. Make room, or name another folder in TIGHTFIT_CACHE; what was downloaded is kept."
         )
     return f"{part.name} cannot be built in {part.parent}: {error}. TIGHTFIT_CACHE may name another folder for it."

@@ -1,7 +1,9 @@
 """The board's Python packages: wheels of its own architecture, fetched by this machine's pip as the user set it up."""
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ def install(
 ) -> dict[str, dict[str, str]]:
     """Unpack pinned wheels for a `machine` ("aarch64") and a `python` ("3.11") into a folder; nothing of them is run.
 
-    Returns name -> version and SHA-256. Raises MissingRuntime without pip, TargetError where pip fails.
+    Returns name -> version and SHA-256. Raises MissingRuntime without pip, TargetError where pip fails, and
+    OSError where it does because the disk is full.
     """
     if importlib.util.find_spec("pip") is None:
         raise MissingRuntime(
@@ -32,10 +35,13 @@ def install(
         command += ["--platform", f"{platform}_{machine}"]
     result = subprocess.run([*command, *wanted], capture_output=True, text=True)
     if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or result.stderr.splitlines()
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        if os.strerror(errno.ENOSPC) in result.stderr:
+            raise OSError(errno.ENOSPC, lines[-1])
+        errors = [line for line in lines if line.startswith("ERROR: ") and "Exception:" not in line]
         raise TargetError(
-            f"pip cannot fetch the board's packages ({', '.join(wanted)}): {' '.join(errors[-2:])} "
-            "Look at the network, at pip's own settings (`pip config list`), and at the room on the disk."
+            f"pip cannot fetch the board's packages ({', '.join(wanted)}): {' '.join(errors[-2:] or lines[-1:])} "
+            "Look at the network, and at pip's own settings (`pip config list`)."
         )
     found = json.loads(report.read_text("utf-8"))["install"]
     report.unlink()
