@@ -1,8 +1,10 @@
 """What tests of sessions by ssh share: their patience, a program that hides, another process that is the client."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ssh_server import SshServer
@@ -35,8 +37,9 @@ def big(path: Path, size: int = 6 << 20) -> Path:
     return path
 
 
-def client(server: SshServer, patience: Patience = SHORT) -> subprocess.Popen[str]:
-    """Another Python that runs the daemon by the transport; returned when that has started."""
+@contextlib.contextmanager
+def client(server: SshServer, patience: Patience = SHORT) -> Iterator[subprocess.Popen[str]]:
+    """Another Python that runs the daemon by the transport, once that has started; killed in the end."""
     program = (
         "import sys\n"
         "from targets.transports._ssh_connection import Patience\n"
@@ -52,6 +55,10 @@ def client(server: SshServer, patience: Patience = SHORT) -> subprocess.Popen[st
     child = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert child.stdout
-    assert child.stdout.readline() == "started\n"
-    return child
+    try:
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        yield child
+    finally:
+        child.kill()
+        child.wait()

@@ -214,17 +214,16 @@ def test_a_network_that_stays_dead_is_told_and_the_device_cleans_itself(
 
 @pytest.mark.slow
 def test_a_client_that_was_killed_leaves_nothing(server: SshServer) -> None:
-    child = client(server)
-    child.kill()
-    child.wait()
+    with client(server):
+        pass  # and kill it
     server.demand_nothing_left(SHORT.grace + 4)
 
 
 def test_control_c_ends_the_command_there_at_once(server: SshServer) -> None:
-    child = client(server)
-    assert any("setsid" in text for text in server.processes())
-    child.send_signal(signal.SIGINT)
-    assert child.wait(20) != 0
+    with client(server) as child:
+        assert any("setsid" in text for text in server.processes())
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) != 0
     # No grace: when the client has ended, everything has.
     server.demand_nothing_left(0)
 

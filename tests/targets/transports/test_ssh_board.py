@@ -113,17 +113,16 @@ def test_a_command_that_hangs_is_ended_there_with_its_daemons(server: SshServer)
 
 
 def test_control_c_ends_the_command_there_at_once(server: SshServer) -> None:
-    child = client(server, PATIENT)
-    assert any("setsid" in text for text in server.processes())
-    child.send_signal(signal.SIGINT)
-    assert child.wait(30) != 0
+    with client(server, PATIENT) as child:
+        assert any("setsid" in text for text in server.processes())
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) != 0
     server.demand_nothing_left(1)
 
 
 def test_a_client_that_was_killed_leaves_nothing(server: SshServer) -> None:
-    child = client(server, HASTY)
-    child.kill()
-    child.wait()
+    with client(server, HASTY):
+        pass  # and kill it
     server.demand_nothing_left(HASTY.grace + 10)
 
 
