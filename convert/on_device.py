@@ -255,7 +255,8 @@ def _latency(transport: Transport, answer: Answer, threads: int) -> tuple[Latenc
 
 def _instructions(transport: Transport, answer: Answer) -> tuple[Instructions | None, str | None]:
     if not answer.artifact.counts:
-        why = "no compiler was there when the emulator was built" if transport.emulated else "only an emulator counts"
+        built = transport.address.startswith("emulated:")
+        why = "no compiler was there when the emulator was built" if built else "only an emulator reached here counts"
         return None, f"not counted: {why}"
     middle = _medians(answer.artifact.counts)
     totals = [count["all"] for count in answer.artifact.counts]
