@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from . import words
+from . import run_words, words
 from .measures import Latency, Stage
 from .schema import Drift, LayerDrift, Result, Signal
 
@@ -47,7 +47,8 @@ def waterfall(drift: Drift) -> Markup:
     for stage in drift.stages:
         share = _share(stage, most)
         if stage.on is not None:
-            bars.append(_device_bar(stage, share, _share(drift.artifact, most)))
+            kind = "bad" if run_words.far(stage, drift.artifact) else "device"
+            bars.append(_device_bar(stage, share, _share(drift.artifact, most), kind))
             continue
         lost = [] if share >= before else [_rect(share, before - share, "lost")]
         is_jump = stage.stage == jump
@@ -57,10 +58,10 @@ def waterfall(drift: Drift) -> Markup:
     return picture(bars, f"Signal to noise after each stage: {_spoken(bars)}", most)
 
 
-def _device_bar(stage: Stage, share: float, artifact: float) -> Bar:
+def _device_bar(stage: Stage, share: float, artifact: float, kind: str) -> Bar:
     lost = [_rect(share, artifact - share, "lost")] if share < artifact else []
     note = f"{stage.samples} samples" if stage.samples is not None else ""
-    return Bar(stage.stage, words.sqnr(stage), share, "device", marks=lost, remark=note)
+    return Bar(stage.stage, words.sqnr(stage), share, kind, marks=lost, remark=note)
 
 
 def by_drift(drift: Drift) -> list[LayerDrift]:

@@ -7,8 +7,10 @@ from .measures import Latency
 from .runs import DeviceRun, Instructions
 
 _HEIGHT = 130  # pixels of one plot
-# The slowest calls are far out; the axis ends a little behind the 99th percentile, and the text names the slowest.
+# The slowest calls are far out: the axis ends a little behind the 99th percentile, or where the medians would be lost
+# in a corner; the text names the slowest.
 _BEYOND_P99 = 1.15
+_BEYOND_P50 = 3.0
 
 
 def distribution(timed: Latency, recipe: str) -> Markup:
@@ -18,11 +20,12 @@ def distribution(timed: Latency, recipe: str) -> Markup:
     curves = [("good", recipe, timed.quantiles_ms)]
     if len(timed.float_quantiles_ms) > 1:
         curves.append(("float", "float", timed.float_quantiles_ms))
-    ends = [_percentile(values, 99) for _, _, values in curves]
-    x = charts.Axis(0.0, _BEYOND_P99 * max(ends), "ms")
+    slow = max(_percentile(values, 99) for _, _, values in curves)
+    usual = max(_percentile(values, 50) for _, _, values in curves)
+    x = charts.Axis(0.0, min(_BEYOND_P99 * slow, _BEYOND_P50 * usual), "ms")
     y = charts.Axis(0.0, 100.0, "% of calls")
     drawn = [
-        charts.curve([*_steps(values), (x.high, 100.0)], kind, _HEIGHT, x, y)
+        charts.curve(_until(_steps(values), x.high), kind, _HEIGHT, x, y)
         for kind, _, values in reversed(curves)  # the artifact on top
     ]
     spoken = "; ".join(
@@ -68,6 +71,16 @@ def _over_time(
 def _steps(values: tuple[float, ...]) -> list[tuple[float, float]]:
     """Percentiles as points (ms, percent of the calls)."""
     return [(value, 100 * i / (len(values) - 1)) for i, value in enumerate(values)]
+
+
+def _until(points: list[tuple[float, float]], end: float) -> list[tuple[float, float]]:
+    """The points up to `end` on the axis across, and the one at `end` itself."""
+    inside = [point for point in points if point[0] <= end]
+    outside = points[len(inside) :]
+    if not outside:
+        return [*inside, (end, points[-1][1])]
+    (x0, y0), (x1, y1) = (inside[-1] if inside else (0.0, 0.0)), outside[0]
+    return [*inside, (end, y0 + (y1 - y0) * (end - x0) / (x1 - x0))]
 
 
 def _percentile(values: tuple[float, ...], percent: int) -> float:

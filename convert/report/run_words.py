@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 from . import words
-from .measures import Latency
+from .measures import Latency, Stage
 from .runs import BoardState, DeviceRun, HostAgreement, Instructions
 from .schema import Result
 
+# Fewer samples, or other kernels, move drift by less than this; a device that loses more computes something else.
+_FAR_DB = 3.0
+_ROUNDING_DB = 120.0  # above, drift is float rounding
 # Longer than this a sentence is no cell of a table: failures have a paragraph elsewhere.
 _SHORT = 60
 _CLASSES = {
@@ -37,6 +40,17 @@ def agreement(host: HostAgreement) -> str:
         return "the same bits"
     largest = "not finite" if host.max_abs is None else f"{host.max_abs:.3g}"
     return f"{words.percent(host.share_equal)} equal, largest difference {largest}"
+
+
+def far(there: Stage | None, artifact: Stage | None) -> str:
+    """How far drift there is below the artifact's on the host, in words; empty where it is not, by _FAR_DB or more."""
+    if there is None or artifact is None or artifact.sqnr_db is None:
+        return ""
+    if there.sqnr_db is None:
+        return f"undefined there: {there.undefined}"
+    if there.exact or artifact.sqnr_db - there.sqnr_db < _FAR_DB or there.sqnr_db > _ROUNDING_DB:
+        return ""
+    return f"{words.sqnr(there)} there, {words.sqnr(artifact)} on the host that converted"
 
 
 def count(value: int) -> str:

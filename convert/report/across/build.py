@@ -36,15 +36,16 @@ def across(folders: Sequence[Path], out: Path, budget: Path | None, *, force: bo
 
 def compared(given: Sequence[Given], budget: Path | None, command: str) -> Across:
     """The reports side by side; raises TightfitError as `across` does."""
+    sources = tuple(_source(one) for one in given)
     found = entries(given, read_budget(budget) if budget else None)
     return Across(
         command=command,
         budget=str(budget) if budget else None,
         warnings=tuple(_warnings(given)),
-        sources=tuple(_source(one) for one in given),
+        sources=sources,
         entries=tuple(found),
         choices=tuple(choices(found)),
-        histories=tuple(histories(found, [one.folder for one in given])),
+        histories=tuple(histories(found, sources)),
     )
 
 

@@ -5,21 +5,23 @@ from collections.abc import Callable, Sequence
 
 from ...baseline import EXACT_DB, Tolerances
 from .. import run_words, words
-from .schema import Entry, History, HistoryPoint, Place
+from .schema import Entry, History, HistoryPoint, Place, Source
 
 # A median that grew by less is what two timings of one file may differ by.
 _TIME_TOLERANCE = 0.10
 
 
-def histories(entries: Sequence[Entry], folders: Sequence[str]) -> list[History]:
-    """One history for every model, device and target that more than one of the `folders` has, oldest given first."""
+def histories(entries: Sequence[Entry], sources: Sequence[Source]) -> list[History]:
+    """One history for every model, device and target that more than one of the `sources` has, oldest given first."""
+    folders = [source.folder for source in sources]
+    samples = {source.folder: source.evaluation for source in sources}
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: folders.index(entry.folder)):
         groups.setdefault((entry.model, entry.device, entry.target), []).append(entry)
-    return [_history(*key, group) for key, group in groups.items() if len(group) > 1]
+    return [_history(*key, group, samples) for key, group in groups.items() if len(group) > 1]
 
 
-def _history(model: str, device: str, target: str, group: list[Entry]) -> History:
+def _history(model: str, device: str, target: str, group: list[Entry], samples: dict[str, str]) -> History:
     timed_at = _common(group, _timed)
     counted_at = _common(group, _counted)
     points = [_point(entry, timed_at, counted_at) for entry in group]
@@ -30,7 +32,7 @@ def _history(model: str, device: str, target: str, group: list[Entry]) -> Histor
         p50_where=timed_at,
         instructions_where=counted_at,
         points=tuple(points),
-        worse=tuple(_worse(points[-2], points[-1])),
+        worse=tuple(_worse(points[-2], points[-1], samples)),
     )
 
 
@@ -69,11 +71,15 @@ def _common(group: list[Entry], where_of: Callable[[Place], str | None]) -> str 
     return max(seen, key=lambda where: (seen[where], not where.startswith(("host", "local"))), default=None)
 
 
-def _worse(before: HistoryPoint, after: HistoryPoint) -> list[str]:
-    """What got worse by more than `check --baseline` tolerates; for stable times, which it leaves alone, by 10 %."""
+def _worse(before: HistoryPoint, after: HistoryPoint, samples: dict[str, str]) -> list[str]:
+    """What got worse by more than `check --baseline` tolerates; for stable times, which it leaves alone, by 10 %.
+
+    Drift on other evaluation `samples` (fingerprints by folder) is no comparison.
+    """
     allowed = Tolerances()
     found = []
-    if before.sqnr_db is not None and _fell(before.sqnr_db, after.sqnr_db, allowed.sqnr_db):
+    same = samples[before.folder] == samples[after.folder]
+    if same and before.sqnr_db is not None and _fell(before.sqnr_db, after.sqnr_db, allowed.sqnr_db):
         now = "undefined" if after.sqnr_db is None else f"{after.sqnr_db:.1f} dB"
         found.append(f"drift: {before.sqnr_db:.1f} dB before, {now} now")
     if after.bytes > before.bytes * (1 + allowed.size):

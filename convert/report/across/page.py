@@ -3,6 +3,7 @@
 from collections import Counter
 
 from ..html import page as rendered
+from ..runs import Instructions
 from . import pictures
 from .schema import Across, Entry, Place
 
@@ -17,6 +18,7 @@ def page(across: Across) -> str:
         matrix=matrix(across),
         targets=list(dict.fromkeys(e.target for e in across.current)),
         best_place=best_place,
+        shown_instructions=shown_instructions,
         shared_layers=shared_layers(across),
         several_models=len({s.model for s in across.sources}) > 1,
     )
@@ -50,6 +52,12 @@ def matrix(across: Across) -> dict[tuple[str, str], dict[str, list[Entry]]]:
 def best_place(entry: Entry) -> Place | None:
     """Where an artifact was timed on a device, if anywhere: the first place with a time that is not void."""
     return next((p for p in entry.places if not p.here and p.latency and p.outcome != "void"), None)
+
+
+def shown_instructions(entry: Entry) -> list[Instructions]:
+    """An artifact's instructions as a table shows them: those on the emulated device itself, else all there are."""
+    found = [p.instructions for p in entry.places if p.instructions]
+    return [i for i in found if i.where == f"emulated:{entry.device}"] or found
 
 
 def shared_layers(across: Across) -> list[tuple[str, str, int, int]]:

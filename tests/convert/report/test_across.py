@@ -169,6 +169,12 @@ def test_drift_that_got_worse_is_told_and_rounding_is_not() -> None:
     assert rounding.histories[0].worse == ()
 
 
+def test_drift_on_other_samples_is_not_called_worse() -> None:
+    other = {"samples": 5, "fingerprint": "11", "source": "other.npz", "labelled": False}
+    made = side_by_side(report(pi("onnx", drift=drift(27.0))), report(pi("onnx", drift=drift(20.5)), evaluation=other))
+    assert made.histories[0].worse == ()
+
+
 def test_an_unstable_time_is_not_called_worse() -> None:
     slow = timed(2.0, 4.0, stable=False, warnings=["unstable"])
     made = side_by_side(report(pi("onnx", latency=timed(1.0, 4.0))), report(pi("onnx", latency=slow)))

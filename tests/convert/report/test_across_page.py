@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from made_reports import report, result
+from made_reports import report, result, stage
 from test_across import drift, of, pi, side_by_side
 from test_html import Text
 from three_devices import board_run, three_by_three
@@ -61,6 +61,12 @@ def test_the_page_across_loads_nothing_and_keeps_text_text() -> None:
     for tag, attributes in Text(text).tags:
         assert tag not in {"script", "link", "iframe", "img"}
         assert (attributes.get("href") or "#").startswith("#")
+
+
+def test_a_device_that_computes_something_else_is_told_in_red() -> None:
+    run = board_run(6.0, 12.0, drift=stage("on ssh://pi@kitchen", 10.4, on="ssh://pi@kitchen", samples=64))
+    text = page(of(pi("onnx", runs=[run])))
+    assert 'class="bad-text">1 on ssh://pi@kitchen: 10.4 dB there, 26.9 dB on the host' in text
 
 
 def spots(*numbers: tuple[float, float, str]) -> list[pictures.Spot]:

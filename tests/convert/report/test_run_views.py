@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from made_reports import device_run, instructions, report, result
+from made_reports import device_run, instructions, report, result, stage
 from test_html import Text
 from three_devices import board_run, counted_run, failed_run, quantiles, three_by_three, timed, void_run
 
@@ -71,6 +71,22 @@ def test_throttling_is_red_even_where_times_count() -> None:
     page = page_of(board_run(6.1, 12.9, board=states))
     assert '<span class="chip bad">✕ throttled</span>' in page
     assert "Slowed down while it ran: frequency capped" in Text(page).text
+
+
+def test_a_device_that_loses_much_more_than_the_host_is_red() -> None:
+    on = "ssh://pi@kitchen"
+    page = page_of(board_run(6.1, 12.9, drift=stage(f"on {on}", 10.4, on=on, samples=64)))
+    assert '<span class="bad-text">✕ 10.4 dB</span>' in page
+    assert "It computes something else: 10.4 dB there, 26.9 dB on the host that converted" in Text(page).text
+    assert "It computes something else" not in page_of(board_run(6.1, 12.9))
+
+
+def test_a_curve_of_times_with_a_long_tail_ends_where_the_axis_does() -> None:
+    slow = tuple(1.0 if i < 80 else 1.0 + (i - 79) for i in range(101))
+    made = Latency.model_validate(timed(1.0, 1.0, p90_ms=12.0, p99_ms=21.0, quantiles_ms=slow, float_quantiles_ms=()))
+    drawn = run_pictures.distribution(made, "int8")
+    last = re.findall(r'<polyline class="curve good" points="([^"]*)"', drawn)[0].split()[-1]
+    assert last == "1000.0,190.0"  # 81 % of the calls within three medians
 
 
 def test_a_failed_run_says_why_and_shows_no_number() -> None:
