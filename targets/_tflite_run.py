@@ -102,7 +102,7 @@ class TFLiteSession:
         for name, detail in self._inputs.items():
             if name not in inputs:
                 raise TargetError(f"the input '{name}' is missing; the artifact takes {', '.join(self._inputs)}.")
-            self._interpreter.set_tensor(detail["index"], _fitted(name, np.asarray(inputs[name]), detail))
+            self._interpreter.set_tensor(detail["index"], fitted(name, np.asarray(inputs[name]), detail))
 
     def _get(self, detail: dict[str, Any]) -> Array:
         values: Array = self._interpreter.get_tensor(detail["index"])  # a copy, no reference into the interpreter
@@ -112,7 +112,7 @@ class TFLiteSession:
         return values
 
 
-def _fitted(name: str, values: Array, detail: dict[str, Any]) -> Array:
+def fitted(name: str, values: Array, detail: dict[str, Any]) -> Array:
     """`values` in the dtype the artifact takes; refuses another shape, and integers that do not fit."""
     expected = tuple(int(d) for d in detail["shape"])
     if values.shape != expected:
@@ -145,7 +145,7 @@ def try_once(content: bytes, inputs: Batch) -> None:
             interpreter.allocate_tensors()
         details = interpreter.get_signature_runner(SIGNATURE).get_input_details()
         for key, detail in details.items():
-            interpreter.set_tensor(detail["index"], _fitted(key, inputs[key], detail))
+            interpreter.set_tensor(detail["index"], fitted(key, inputs[key], detail))
         interpreter.invoke()
     except (ValueError, RuntimeError) as error:
         if isinstance(error, TargetError):

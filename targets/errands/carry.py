@@ -10,7 +10,7 @@ from targets.agent.main import ANSWER, ERROR, OUTPUTS, TIMES
 from targets.errors import MissingRuntime, TargetError
 from targets.transports import INSTRUCTIONS, Finished, Transport
 
-from . import answers, pack
+from . import _benchmark_binary, answers, pack
 from .nouns import Answer, Errand
 
 Progress = Callable[[str, int | None, int | None], None]
@@ -24,6 +24,8 @@ def carry_out(transport: Transport, errand: Errand, progress: Progress) -> Answe
     there, a wrong answer too.
     """
     _demand_sense(transport, errand)
+    if _benchmark_binary.suits(transport):
+        return _benchmark_binary.carry_out(transport, errand, progress)
     count = errand.count > 0 and transport.counts
     with tempfile.TemporaryDirectory(prefix="tightfit-errand-") as name:
         folder = Path(name)
@@ -44,7 +46,7 @@ def _demand_sense(transport: Transport, errand: Errand) -> None:
     lengths = {len(array) for array in errand.inputs.values()}
     if len(lengths) != 1 or not min(lengths) or min(lengths) % errand.batch:
         raise ValueError(f"inputs of {sorted(lengths)} samples are no whole batches of {errand.batch}")
-    if not transport.python:
+    if not transport.python and not _benchmark_binary.suits(transport):
         raise MissingRuntime(
             f"{transport.address}: there is no Python on the device, which the agent needs. Install python3 there, "
             "with numpy and the artifact's runtime."

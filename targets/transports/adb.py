@@ -118,10 +118,6 @@ class AdbTransport:
         known = {key: value for key, value in zip(_PROPERTIES, values, strict=False) if value}
         return {"serial": self._serial, **known, "adb server": version(self.address)}
 
-    def say(self, command: str) -> str:
-        """What a short command of the device's shell prints, whatever its exit code."""
-        return self._sh().say(command)[1]
-
     def close(self) -> None:
         """Kill what still runs, and remove the folder. A device that is gone keeps it until it is next used."""
         folder, shell = self._folder, self._shell

@@ -109,7 +109,7 @@ def test_a_package_is_refused_by_the_agent_too(tmp_path: Path) -> None:
 )
 def test_inputs_become_codes_as_on_the_host(values: np.ndarray, dtype: type, quantization: tuple[float, int]) -> None:
     detail = {"shape": np.array(values.shape), "dtype": dtype, "quantization": quantization}
-    np.testing.assert_array_equal(fitted("x", values, detail), _tflite_run._fitted("x", values, detail))
+    np.testing.assert_array_equal(fitted("x", values, detail), _tflite_run.fitted("x", values, detail))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_inputs_become_codes_as_on_the_host(values: np.ndarray, dtype: type, qua
 def test_inputs_that_do_not_fit_are_refused_in_the_hosts_words(values: np.ndarray, dtype: type) -> None:
     detail = {"shape": np.array(values.shape), "dtype": dtype, "quantization": (0.0, 0)}
     with pytest.raises(TargetError) as theirs:
-        _tflite_run._fitted("x", values, detail)
+        _tflite_run.fitted("x", values, detail)
     with pytest.raises(Problem) as ours:
         fitted("x", values, detail)
     assert ours.value.text == str(theirs.value)
