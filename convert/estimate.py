@@ -52,7 +52,8 @@ def estimate(
         plain = work(float_graph, job.inputs, "float32" if chip is not None else "float16")
     except ValueError as error:
         return f"no estimate: {error}"
-    done += _hidden_conversions(done, placement)
+    if chip is not None:  # accelerators take conversions between their own operators in
+        done += _hidden_conversions(done, placement)
     unknown = {one.format for one in done} - set(FORMATS)
     if unknown:
         return f"no estimate: no public figure for {', '.join(sorted(unknown))} arithmetic"
@@ -188,9 +189,11 @@ def _basis(
         )
     else:
         parts.append(f"efficiencies fitted on {len(members)} public measurements, {own} of them with {runtime}")
-        parts += chip.derived
+        narrow = any(name.startswith("int8") for name in classes)
+        parts += [words for words in chip.derived if narrow or not words.startswith("int8")]
     share = f"{CONFIDENCE:.0%}".replace("%", " %")
     parts.append(f"the {share} interval is from {errors} errors on a {unseen} that the fit had not seen")
     if overhead_share > 0.5:
-        parts.append(f"{overhead_share:.0%} of it is overhead per operator, which is assumed, not fitted")
+        known = "assumed, not fitted" if chip is not None else "fitted on far larger networks"
+        parts.append(f"{overhead_share:.0%} of it is overhead per operator, which is {known}".replace("%", " %", 1))
     return "; ".join(parts) + "."

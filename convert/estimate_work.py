@@ -15,7 +15,7 @@ from convert.costs import HIDDEN, Shape, macs, shapes_of
 FORMATS = ("float32", "float16", "int8")
 NARROW = {"float32": 4, "float16": 2, "int8": 1}
 _FUSED = ("relu", "clamp")
-_BEFORE = ("conv", "conv_transpose", "linear", "add")
+_BEFORE = ("conv", "conv_transpose", "linear", "add", "batch_norm")
 # Moved by changing a shape alone, without a copy.
 _FREE = ("reshape", "constant", "cast")
 _DEQUANTIZES = (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL, qdq.DEQUANTIZE_GROUP)
@@ -86,9 +86,13 @@ def _is_stored(node: Node) -> bool:
 
 
 def _is_fused(node: Node) -> bool:
-    """A clamp that runtimes compute in the kernel before it."""
+    """What runtimes compute in the kernel before it: a clamp, a batch norm behind a convolution."""
     source = next(iter(node.all_input_nodes), None)
-    return kind(node) in _FUSED and source is not None and kind(source) in _BEFORE and len(source.users) == 1
+    if source is None or len(source.users) > 1:
+        return False
+    if kind(node) == "batch_norm":
+        return kind(source) in ("conv", "conv_transpose", "linear")
+    return kind(node) in _FUSED and kind(source) in _BEFORE
 
 
 def _is_depthwise(node: Node, shapes: dict[Node, Shape]) -> bool:
@@ -145,7 +149,9 @@ def _weight_bytes(graph: GraphModule, node: Node, format_: str) -> float:
     for source in node.all_input_nodes:
         if not _is_stored(source):
             continue
-        stored = source if is_constant(source) else next(n for n in source.all_input_nodes if is_constant(n))
+        stored = source
+        while not is_constant(stored):
+            stored = stored.all_input_nodes[0]  # codes, before their scales
         value = constant(graph, stored)
         if value.is_floating_point():
             total += value.numel() * NARROW.get(format_, 4)
