@@ -95,6 +95,24 @@ def binary(state: Lowering, node: Node) -> Tensor:
     return _combined(state, node, word, *tensors)
 
 
+def batch_norm(state: Lowering, node: Node) -> Tensor:
+    """A norm that no layer could take: a product and a sum per channel. Statistics of the batch are refused."""
+    name = graphs.operator_name(node)
+    values = [graphs.constant(state.graph, a).double() if isinstance(a, Node) else None for a in node.args[1:5]]
+    weight, bias, mean, variance = values
+    if name != "batch_norm" or mean is None or variance is None or state.argument(node, 5, "training", False):
+        raise TargetError(f"'{_name(node)}' normalises with the statistics of the batch: call eval() on the model")
+    factor = 1 / torch.sqrt(variance + state.argument(node, 7, "eps", 1e-5))
+    factor = factor if weight is None else factor * weight
+    offset = -mean * factor if bias is None else bias - mean * factor
+    shape = (1, -1, *[1] * (len(state.shape(node)) - 2))
+    x = state.tensor(_source(node))
+    for word, value in (("TF_MUL", factor), ("TF_ADD", offset)):
+        array = value.float().view(shape).numpy()
+        x = _combined(state, node, word, x, Tensor(array.shape, "float", state.program.constant("norm", "float", array)))
+    return x
+
+
 def _number(state: Lowering, value: Any) -> Tensor:
     return Tensor((1,), "float", state.program.constant("value", "float", np.array([value], np.float32)))
 
@@ -336,5 +354,5 @@ HANDLERS: dict[str, Handler] = {
     **{"clamp": clamp, "gelu": gelu, "leaky_relu": leaky_relu, "pow": power, "embedding": embedding, "same": same},
     **{"matmul": matmul, "attention": attention, "softmax": softmax, "layer_norm": layer_norm, "cast": cast},
     **{"reshape": reshape, "transpose": transpose, "split": split, "getitem": getitem, "expand": expand, "pad": pad},
-    "upsample": upsample,
+    **{"upsample": upsample, "batch_norm": batch_norm},
 }

@@ -19,6 +19,7 @@ attention. Sizes in bytes of the folder are those of text: the README in it and 
 the compiled model takes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from . import Job, Placement, Session
@@ -47,7 +48,7 @@ class C:
                 f"the target 'c' computes in float32 what is not quantized, not in {job.compute}. Use --recipe int8, "
                 "or --recipe int8-weights for small files."
             )
-        write(Lowering(job, HANDLERS, integer).run(), path)
+        write(Lowering(_without_norms(job), HANDLERS, integer).run(), path)
 
     def placement(self, path: Path, job: Job) -> Placement:
         """Read the sources back: which kernel computes each layer, and the quantized layers that came out float."""
@@ -60,6 +61,19 @@ class C:
         from ._c_session import CSession
 
         return CSession(path)
+
+
+def _without_norms(job: Job) -> Job:
+    """The job with batch normalisation folded into the layers: the float twin has not been through a recipe's steps."""
+    from calibrate import graph as graphs
+    from calibrate.plan import Plan
+    from calibrate.steps import Context, find
+
+    if not any(graphs.kind(n) == "batch_norm" for n in job.graph.graph.nodes):
+        return job
+    graph = graphs.clone(job.graph)
+    find("fold_batchnorm").apply(graph, Context(Plan(("fold_batchnorm",)), lambda: iter(()), lambda: iter(())))
+    return replace(job, graph=graphs.finish(graph))
 
 
 TARGET = C()

@@ -77,6 +77,23 @@ static void patch(const tf_conv *p, const float *x, int32_t pixel, int32_t group
 /* Four rows times TF_WIDTH channels: each sum is made in the order of k. */
 static void product(const float *rows, const float *w, int32_t depth, float sums[4][TF_WIDTH])
 {
+#if defined(__AVX2__) && defined(__FMA__)
+    __m256 low[4], high[4];
+    for (int r = 0; r < 4; r++)
+        low[r] = high[r] = _mm256_setzero_ps();
+    for (int32_t k = 0; k < depth; k++) {
+        const __m256 u = _mm256_loadu_ps(w + (size_t)k * TF_WIDTH), v = _mm256_loadu_ps(w + (size_t)k * TF_WIDTH + 8);
+        for (int r = 0; r < 4; r++) {
+            const __m256 value = _mm256_set1_ps(rows[(size_t)r * depth + k]);
+            low[r] = _mm256_fmadd_ps(value, u, low[r]);
+            high[r] = _mm256_fmadd_ps(value, v, high[r]);
+        }
+    }
+    for (int r = 0; r < 4; r++) {
+        _mm256_storeu_ps(sums[r], low[r]);
+        _mm256_storeu_ps(sums[r] + 8, high[r]);
+    }
+#else
     float acc[4][TF_WIDTH];
     memset(acc, 0, sizeof acc);
     for (int32_t k = 0; k < depth; k++) {
@@ -88,6 +105,7 @@ static void product(const float *rows, const float *w, int32_t depth, float sums
         }
     }
     memcpy(sums, acc, sizeof acc);
+#endif
 }
 
 /* Convolution, grouped or not; a linear layer is a kernel of 1 x 1 over an image of 1 x rows. Scratch: a chunk of
