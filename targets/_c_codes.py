@@ -12,7 +12,7 @@ from calibrate.simulation import whole_steps
 
 from ._c_lower import Lowering, check_dtype, rows_of
 from ._c_pack import codes_weight, is_signs, sign_words
-from ._c_program import CHUNK, PAD, TILE, Struct, Tensor
+from ._c_program import CHUNK, PAD, TILE, Store, Struct, Tensor
 from .errors import TargetError
 
 Geometry = dict[str, int]
@@ -84,7 +84,7 @@ def _like(state: Lowering, node: Node, images: bool) -> Tensor:
     shape = state.shape(node)
     if images and len(shape) == 3:
         shape = (shape[0], shape[1], 1, shape[2])
-    return Tensor(shape, "float", home=None, images=images)  # type: ignore[arg-type]
+    return Tensor(shape, "float", Store(0, 0, 0), images)
 
 
 def laid_input(state: Lowering, x: Tensor, images: bool) -> Tensor:
@@ -117,7 +117,8 @@ def _layer(state: Lowering, node: Node) -> None:
     source, weight_node = node.args[:2]
     assert isinstance(source, Node)
     assert isinstance(weight_node, Node)
-    scale, zero, *_ = parameters = tuple(source.args[1:])
+    parameters = tuple(source.args[1:])
+    zero: Any = parameters[1]
     check_dtype(parameters, layer)
     codes = kernel.codes.to(torch.int8).numpy()
     fields, like = geometry(state, node, codes.shape)
@@ -249,7 +250,7 @@ def _add(state: Lowering, node: Node) -> None:
     assert isinstance(right, Node)
     for parameters in (tuple(left.args[1:]), tuple(right.args[1:]), (output.dtype,)):
         check_dtype(parameters, layer)
-    scales = [float(left.args[1]), float(right.args[1])]  # type: ignore[arg-type]
+    scales = [float(left.args[1]), float(right.args[1])]
     ratios = torch.tensor(scales, dtype=torch.float32) / torch.tensor(output.scale, dtype=torch.float32)
     shift = 20 - int(torch.floor(torch.log2(ratios.max().double())))
     if not 1 <= shift <= 62:
@@ -294,16 +295,16 @@ def sign_codes(state: Lowering, quantize: Node) -> Tensor | None:
     """The codes of a quantize node that reads where(x >= t, +a, -b), when they are surely +1 and -1; else None."""
     node, scale, zero, low, high = quantize.args[:5]
     found = sign_of(state, node)
-    if found is None or zero != 0 or low > -1 or high < 1:  # type: ignore[operator]
+    if found is None or zero != 0 or low > -1 or high < 1:
         return None
     x, threshold, equal, above, below = found
-    inverse = np.float32(1.0 / scale)  # type: ignore[operator]
+    inverse = np.float32(1.0 / scale)
     if [np.rint(np.float32(v) * inverse) for v in (above, below)] != [1, -1]:
         return None
     source = state.tensor(x)
     made = state.program.tensor(source.shape, "int8_t", source.images)
     arguments = (source.count, np.float32(threshold), int(equal), source, made)
-    state.program.call("tf_sign_i8", *arguments, layer=graphs.layer_name(node))  # type: ignore[arg-type]
+    state.program.call("tf_sign_i8", *arguments, layer=graphs.layer_name(node))
     return made
 
 

@@ -19,9 +19,19 @@ from ._c_program import CHUNK, TILE, Struct, Tensor
 from .errors import TargetError
 
 UNARY = {
-    **{"relu": "TF_RELU", "sigmoid": "TF_SIGMOID", "tanh": "TF_TANH", "silu": "TF_SILU", "hardswish": "TF_HARDSWISH"},
-    **{"hardsigmoid": "TF_HARDSIGMOID", "exp": "TF_EXP", "sqrt": "TF_SQRT", "rsqrt": "TF_RSQRT", "neg": "TF_NEG"},
-    **{"abs": "TF_ABS", "erf": "TF_ERF", "log": "TF_LOG"},
+    "relu": "TF_RELU",
+    "sigmoid": "TF_SIGMOID",
+    "tanh": "TF_TANH",
+    "silu": "TF_SILU",
+    "hardswish": "TF_HARDSWISH",
+    "hardsigmoid": "TF_HARDSIGMOID",
+    "exp": "TF_EXP",
+    "sqrt": "TF_SQRT",
+    "rsqrt": "TF_RSQRT",
+    "neg": "TF_NEG",
+    "abs": "TF_ABS",
+    "erf": "TF_ERF",
+    "log": "TF_LOG",
 }
 BINARY = {"add": "TF_ADD", "sub": "TF_SUB", "mul": "TF_MUL", "div": "TF_DIV"}
 
@@ -42,7 +52,9 @@ def _elementwise(state: Lowering, node: Node, word: str, x: Tensor, first: float
 
 def _float(x: Tensor, node: Node) -> Tensor:
     if x.ctype != "float":
-        raise TargetError(f"'{graphs.layer_name(node)}' computes on {x.ctype}, the target 'c' on floats: cast it before")
+        raise TargetError(
+            f"'{graphs.layer_name(node)}' computes on {x.ctype}, the target 'c' on floats: cast it before"
+        )
     return x
 
 
@@ -73,7 +85,9 @@ def leaky_relu(state: Lowering, node: Node) -> Tensor:
 def power(state: Lowering, node: Node) -> Tensor:
     """Squares; other powers are refused."""
     if state.argument(node, 1, "exponent") != 2:
-        raise TargetError(f"'{graphs.layer_name(node)}' is a power other than 2, for which the target 'c' has no kernel")
+        raise TargetError(
+            f"'{graphs.layer_name(node)}' is a power other than 2, for which the target 'c' has no kernel"
+        )
     x = state.tensor(_source(node))
     return _combined(state, node, "TF_MUL", x, x)
 
@@ -109,7 +123,9 @@ def batch_norm(state: Lowering, node: Node) -> Tensor:
     x = state.tensor(_source(node))
     for word, value in (("TF_MUL", factor), ("TF_ADD", offset)):
         array = value.float().view(shape).numpy()
-        x = _combined(state, node, word, x, Tensor(array.shape, "float", state.program.constant("norm", "float", array)))
+        x = _combined(
+            state, node, word, x, Tensor(array.shape, "float", state.program.constant("norm", "float", array))
+        )
     return x
 
 
@@ -351,8 +367,23 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("max_pool", "avg_pool"), pooling),
     **dict.fromkeys(("slice", "select"), cut),
     **dict.fromkeys(("cat", "stack"), cat),
-    **{"clamp": clamp, "gelu": gelu, "leaky_relu": leaky_relu, "pow": power, "embedding": embedding, "same": same},
-    **{"matmul": matmul, "attention": attention, "softmax": softmax, "layer_norm": layer_norm, "cast": cast},
-    **{"reshape": reshape, "transpose": transpose, "split": split, "getitem": getitem, "expand": expand, "pad": pad},
-    **{"upsample": upsample, "batch_norm": batch_norm},
+    "clamp": clamp,
+    "gelu": gelu,
+    "leaky_relu": leaky_relu,
+    "pow": power,
+    "embedding": embedding,
+    "same": same,
+    "matmul": matmul,
+    "attention": attention,
+    "softmax": softmax,
+    "layer_norm": layer_norm,
+    "cast": cast,
+    "reshape": reshape,
+    "transpose": transpose,
+    "split": split,
+    "getitem": getitem,
+    "expand": expand,
+    "pad": pad,
+    "upsample": upsample,
+    "batch_norm": batch_norm,
 }

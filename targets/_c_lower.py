@@ -67,7 +67,7 @@ class Lowering:
 
     def _input(self, node: Node, position: int) -> None:
         spec = self.job.inputs[position]
-        ctype = CTYPES.get(getattr(torch, spec.dtype, None))  # type: ignore[arg-type]
+        ctype = CTYPES.get(getattr(torch, spec.dtype, None))
         if ctype is None or ctype == "int8_t":
             raise TargetError(
                 f"the input '{spec.name}' is {spec.dtype}: the target 'c' takes float32, int64 and int32. Cast it in "

@@ -17,16 +17,27 @@ from .errors import TargetError
 
 # kernel -> (format, operator); what is not here moves values.
 KERNELS = {
-    **{"tf_conv_i8": ("int8", "conv"), "tf_depthwise_i8": ("int8", "depthwise"), "tf_conv_w1a1": ("w1a1", "conv")},
-    **{"tf_add_i8": ("int8", "add"), "tf_mean_i8": ("int8", "mean"), "tf_max_pool_i8": ("int8", "max_pool")},
-    **{"tf_sign_i8": ("conversion", "sign"), "tf_quantize": ("conversion", "quantize")},
-    **{"tf_dequantize": ("conversion", "dequantize"), "tf_cast_i64_f32": ("conversion", "cast")},
-    **{"tf_conv_f32": ("float32", "conv"), "tf_depthwise_f32": ("float32", "depthwise")},
-    **{"tf_matmul_f32": ("float32", "matmul"), "tf_unary_f32": ("float32", "unary")},
-    **{"tf_binary_f32": ("float32", "binary"), "tf_reduce_f32": ("float32", "reduce")},
-    **{"tf_softmax_f32": ("float32", "softmax"), "tf_layer_norm_f32": ("float32", "layer_norm")},
-    **{"tf_max_pool_f32": ("float32", "max_pool"), "tf_avg_pool_f32": ("float32", "avg_pool")},
-    **{"tf_embedding_f32": ("float32", "embedding")},
+    "tf_conv_i8": ("int8", "conv"),
+    "tf_depthwise_i8": ("int8", "depthwise"),
+    "tf_conv_w1a1": ("w1a1", "conv"),
+    "tf_add_i8": ("int8", "add"),
+    "tf_mean_i8": ("int8", "mean"),
+    "tf_max_pool_i8": ("int8", "max_pool"),
+    "tf_sign_i8": ("conversion", "sign"),
+    "tf_quantize": ("conversion", "quantize"),
+    "tf_dequantize": ("conversion", "dequantize"),
+    "tf_cast_i64_f32": ("conversion", "cast"),
+    "tf_conv_f32": ("float32", "conv"),
+    "tf_depthwise_f32": ("float32", "depthwise"),
+    "tf_matmul_f32": ("float32", "matmul"),
+    "tf_unary_f32": ("float32", "unary"),
+    "tf_binary_f32": ("float32", "binary"),
+    "tf_reduce_f32": ("float32", "reduce"),
+    "tf_softmax_f32": ("float32", "softmax"),
+    "tf_layer_norm_f32": ("float32", "layer_norm"),
+    "tf_max_pool_f32": ("float32", "max_pool"),
+    "tf_avg_pool_f32": ("float32", "avg_pool"),
+    "tf_embedding_f32": ("float32", "embedding"),
 }
 BITS = {"TF_W4": "-w4", "TF_W2": "-w2", "TF_W1": "-w1", "TF_SIGN": "-w1", "TF_F16": "-w16"}
 CALL = re.compile(r"^    (tf_\w+)\((.*)\); /\* (.*) \*/$", re.MULTILINE)

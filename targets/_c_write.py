@@ -66,7 +66,7 @@ def elements(constant: Constant) -> list[str]:
     if constant.ctype == "uint64_t":
         return [f"0x{v:016x}" for v in values.tolist()]
     if constant.ctype == "int64_t":
-        return [f"INT64_C({v})" if -(2**63) < v else "INT64_MIN" for v in values.tolist()]
+        return [f"INT64_C({v})" if v > -(2**63) else "INT64_MIN" for v in values.tolist()]
     return [str(v) for v in values.tolist()]
 
 
@@ -80,7 +80,8 @@ def _array(constant: Constant) -> str:
         line += f"{text},"
     body = "\n".join([*lines, line])
     about = f"/* {constant.role} of {_comment(constant.layer)}, shape {list(constant.values.shape)} */\n"
-    return f"{about if constant.layer else ''}static const {constant.ctype} {constant.name}[{len(numbers)}] = {{\n{body}\n}};\n"
+    head = f"static const {constant.ctype} {constant.name}[{len(numbers)}]"
+    return f"{about if constant.layer else ''}{head} = {{\n{body}\n}};\n"
 
 
 def _comment(text: str) -> str:
@@ -150,8 +151,7 @@ def _model(program: Program) -> str:
     )
     # A union with doubles: what lies in the arena may be read as any type of 8 bytes or less.
     memory = "".join(
-        f"static union {{ int64_t align[{max(size, 1) // 8 + 1}]; int8_t bytes[{max(size, 1)}]; }} {name}"
-        " TF_ALIGNED;\n"
+        f"static union {{ int64_t align[{max(size, 1) // 8 + 1}]; int8_t bytes[{max(size, 1)}]; }} {name} TF_ALIGNED;\n"
         for name, size in (("arena", program.arena), ("scratch", program.scratch))
     )
     return f"""/* {_comment(program.name)}, made by Tightfit. The order of calls is the order of the layers. */
@@ -255,7 +255,8 @@ def _readme(program: Program, used: list[str]) -> str:
     return f"""# {program.name}, as C99
 
 Made by Tightfit. `make` builds `driver`, which runs samples from standard input; in a program of your own call
-`model_run` of `model.h` and compile {", ".join(f"`{n}`" for n in ("model.c", *used))} with `-std=c99 -ffp-contract=off`.
+`model_run` of `model.h` and compile {", ".join(f"`{n}`" for n in ("model.c", *used))} with
+`-std=c99 -ffp-contract=off`.
 
 | memory | bytes |
 |---|---|
@@ -266,5 +267,3 @@ Made by Tightfit. `make` builds `driver`, which runs samples from standard input
 Nothing is allocated at run time. {libm} Kernels use AVX2, AVX-512 (VPOPCNTDQ) or NEON where the compiler says that
 the machine has them, else portable C. Layers on codes give the same bits everywhere.
 """
-
-

@@ -17,8 +17,13 @@
 
 void tf_sign_i8(int32_t count, float threshold, int32_t equal, const float *x, int8_t *y)
 {
-    for (int32_t i = 0; i < count; i++)
-        y[i] = (int8_t)((equal ? x[i] >= threshold : x[i] > threshold) ? 1 : -1);
+    if (equal) {
+        for (int32_t i = 0; i < count; i++)
+            y[i] = (int8_t)(2 * (x[i] >= threshold) - 1);
+    } else {
+        for (int32_t i = 0; i < count; i++)
+            y[i] = (int8_t)(2 * (x[i] > threshold) - 1);
+    }
 }
 
 /* Codes of one pixel to words. */
@@ -60,7 +65,7 @@ static void differ(const uint64_t *a, int32_t step, const uint64_t *b, int32_t w
                                                                  _mm256_slli_epi32(_mm512_cvtepi64_epi32(count[r]), 1)));
 }
 #elif defined(__AVX2__)
-#define ROWS 1
+#define ROWS 2
 static inline __m256i bits_of_bytes(__m256i x)
 {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
@@ -70,61 +75,33 @@ static inline __m256i bits_of_bytes(__m256i x)
                            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low)));
 }
 
-/* A full adder on every bit: *sum + b + c = *sum (new) + 2 * what is returned. */
-static inline __m256i carry(__m256i *sum, __m256i b, __m256i c)
-{
-    const __m256i either = _mm256_xor_si256(*sum, b);
-    const __m256i carried = _mm256_or_si256(_mm256_and_si256(*sum, b), _mm256_and_si256(either, c));
-    *sum = _mm256_xor_si256(either, c);
-    return carried;
-}
-
-#define DIFFERENCE(k) _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(b + (size_t)(k) * 8)), \
-                                       _mm256_set1_epi64x((long long)a[k]))
-
-/* Bits of `words` words that differ, for 4 channels: eight words go through an adder tree (Harley and Seal's), so that
- * only one popcount in eight is left. */
-static inline __m256i count4(const uint64_t *a, const uint64_t *b, int32_t words)
-{
-    const __m256i none = _mm256_setzero_si256();
-    __m256i ones = none, twos = none, fours = none, eights = none, total;
-    int32_t k = 0;
-    for (; k + 8 <= words; k += 8) {
-        __m256i two_a = carry(&ones, DIFFERENCE(k), DIFFERENCE(k + 1));
-        __m256i two_b = carry(&ones, DIFFERENCE(k + 2), DIFFERENCE(k + 3));
-        const __m256i four_a = carry(&twos, two_a, two_b);
-        two_a = carry(&ones, DIFFERENCE(k + 4), DIFFERENCE(k + 5));
-        two_b = carry(&ones, DIFFERENCE(k + 6), DIFFERENCE(k + 7));
-        eights = _mm256_add_epi64(eights, _mm256_sad_epu8(bits_of_bytes(carry(&fours, four_a, carry(&twos, two_a, two_b))),
-                                                          none));
-    }
-    total = _mm256_slli_epi64(eights, 3);
-    if (k) {
-        __m256i rest = bits_of_bytes(ones); /* at most 8 + 2 * 8 + 4 * 8 to a byte */
-        __m256i two = bits_of_bytes(twos), four = bits_of_bytes(fours);
-        two = _mm256_add_epi8(two, two);
-        four = _mm256_add_epi8(four, four);
-        rest = _mm256_add_epi8(rest, _mm256_add_epi8(two, _mm256_add_epi8(four, four)));
-        total = _mm256_add_epi64(total, _mm256_sad_epu8(rest, none));
-    }
-    if (k < words) { /* at most 7 * 8 to a byte */
-        __m256i bytes = none;
-        for (; k < words; k++)
-            bytes = _mm256_add_epi8(bytes, bits_of_bytes(DIFFERENCE(k)));
-        total = _mm256_add_epi64(total, _mm256_sad_epu8(bytes, none));
-    }
-    return total;
-}
-
+/* Counted in bytes, two rows at once. A tree of adders (Harley and Seal's) was tried: it needs as long from 72 words on,
+ * and half as long again for the few words that layers have. */
 static void differ(const uint64_t *a, int32_t step, const uint64_t *b, int32_t words, int32_t total, int32_t sums[][8])
 {
-    const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
-    (void)step;
-    for (int half = 0; half < 2; half++) {
-        const __m256i found = _mm256_permutevar8x32_epi32(count4(a, b + half * 4, words), even);
-        _mm_storeu_si128((__m128i *)(sums[0] + half * 4),
-                         _mm_sub_epi32(_mm_set1_epi32(total), _mm_slli_epi32(_mm256_castsi256_si128(found), 1)));
+    const __m256i none = _mm256_setzero_si256(), even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    __m256i count[ROWS][2] = {{none, none}, {none, none}};
+    for (int32_t start = 0; start < words; start += 31) { /* 31 * 8 fits into a byte */
+        const int32_t end = words - start < 31 ? words : start + 31;
+        __m256i bytes[ROWS][2] = {{none, none}, {none, none}};
+        for (int32_t k = start; k < end; k++) {
+            const __m256i low = _mm256_loadu_si256((const __m256i *)(b + (size_t)k * 8));
+            const __m256i high = _mm256_loadu_si256((const __m256i *)(b + (size_t)k * 8 + 4));
+            for (int r = 0; r < ROWS; r++) {
+                const __m256i word = _mm256_set1_epi64x((long long)a[(size_t)r * step + k]);
+                bytes[r][0] = _mm256_add_epi8(bytes[r][0], bits_of_bytes(_mm256_xor_si256(word, low)));
+                bytes[r][1] = _mm256_add_epi8(bytes[r][1], bits_of_bytes(_mm256_xor_si256(word, high)));
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 2; i++)
+                count[r][i] = _mm256_add_epi64(count[r][i], _mm256_sad_epu8(bytes[r][i], none));
     }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < 2; i++) {
+            const __m128i found = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(count[r][i], even));
+            _mm_storeu_si128((__m128i *)(sums[r] + i * 4), _mm_sub_epi32(_mm_set1_epi32(total), _mm_slli_epi32(found, 1)));
+        }
 }
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #define ROWS 2
@@ -174,6 +151,41 @@ static void differ(const uint64_t *a, int32_t step, const uint64_t *b, int32_t w
 }
 #endif
 
+/* The words under the kernel at output pixel `pixel`; what lies beside the image stays as it is. */
+static void patch(const tf_conv *p, const uint64_t *packed, int32_t pixel, int32_t per_tap, uint64_t *row)
+{
+    const int32_t plane = p->out_height * p->out_width, at = pixel % plane;
+    const int32_t top = at / p->out_width * p->stride_h - p->pad_h, left = at % p->out_width * p->stride_w - p->pad_w;
+    const uint64_t *image = packed + (size_t)(pixel / plane) * p->height * p->width * per_tap;
+    for (int32_t i = 0; i < p->kernel_h; i++) {
+        const int32_t h = top + i * p->dilation_h;
+        for (int32_t j = 0; j < p->kernel_w; j++, row += per_tap) {
+            const int32_t w = left + j * p->dilation_w;
+            if (h >= 0 && h < p->height && w >= 0 && w < p->width)
+                for (int32_t k = 0; k < per_tap; k++)
+                    row[k] = image[((size_t)h * p->width + w) * per_tap + k];
+        }
+    }
+}
+
+/* Take off what padding of +1 added to the sums of one output pixel. */
+static void without_border(const tf_conv *p, int32_t pixel, int32_t *sums)
+{
+    const int32_t at = pixel % (p->out_height * p->out_width);
+    const int32_t top = at / p->out_width * p->stride_h - p->pad_h, left = at % p->out_width * p->stride_w - p->pad_w;
+    const int16_t *tap = p->tap_sums;
+    for (int32_t i = 0; i < p->kernel_h; i++) {
+        const int32_t h = top + i * p->dilation_h;
+        for (int32_t j = 0; j < p->kernel_w; j++, tap += p->out_channels) {
+            const int32_t w = left + j * p->dilation_w;
+            if (h >= 0 && h < p->height && w >= 0 && w < p->width)
+                continue;
+            for (int32_t c = 0; c < p->out_channels; c++)
+                sums[c] -= tap[c];
+        }
+    }
+}
+
 /* Convolution of signs; a linear layer is a kernel of 1 x 1 over an image of 1 x rows. Scratch: the packed input, a
  * tile of patches, a tile of sums. */
 void tf_conv_w1a1(const tf_conv *p, const int8_t *x, void *y, int8_t *scratch)
@@ -193,15 +205,7 @@ void tf_conv_w1a1(const tf_conv *p, const int8_t *x, void *y, int8_t *scratch)
         } else {
             memset(rows, 0, (size_t)TF_TILE * words * sizeof *rows);
             for (int32_t t = 0; t < count; t++)
-                for (int32_t k = 0; k < taps; k++) {
-                    const int32_t at = pixel + t, n = at / plane;
-                    const int32_t h = at % plane / p->out_width * p->stride_h - p->pad_h + k / p->kernel_w * p->dilation_h;
-                    const int32_t w = at % p->out_width * p->stride_w - p->pad_w + k % p->kernel_w * p->dilation_w;
-                    if (h >= 0 && h < p->height && w >= 0 && w < p->width)
-                        memcpy(rows + (size_t)t * words + k * per_tap,
-                               packed + (((size_t)n * p->height + h) * p->width + w) * per_tap,
-                               (size_t)per_tap * sizeof *rows);
-                }
+                patch(p, packed, pixel + t, per_tap, rows + (size_t)t * words);
         }
         for (int32_t block = 0; block < blocks; block++)
             for (int32_t t = 0; t < count; t += ROWS) {
@@ -213,15 +217,8 @@ void tf_conv_w1a1(const tf_conv *p, const int8_t *x, void *y, int8_t *scratch)
             }
         for (int32_t t = 0; t < count; t++) {
             int32_t *line = sums + (size_t)t * blocks * 8;
-            const int32_t top = (pixel + t) % plane / p->out_width * p->stride_h - p->pad_h;
-            const int32_t left = (pixel + t) % p->out_width * p->stride_w - p->pad_w;
-            for (int32_t k = 0; k < taps && p->tap_sums; k++) {
-                const int32_t h = top + k / p->kernel_w * p->dilation_h, w = left + k % p->kernel_w * p->dilation_w;
-                if (h >= 0 && h < p->height && w >= 0 && w < p->width)
-                    continue;
-                for (int32_t c = 0; c < p->out_channels; c++)
-                    line[c] -= p->tap_sums[(size_t)k * p->out_channels + c];
-            }
+            if (p->tap_sums)
+                without_border(p, pixel + t, line);
             for (int32_t c = 0; p->out.start && c < p->out_channels; c++)
                 line[c] += p->out.start[c];
             tf_write(&p->out, 0, line, p->out_channels, (char *)y + (size_t)(pixel + t) * p->out_channels * size);

@@ -40,13 +40,13 @@ void tf_write(const tf_output *out, int32_t first, const int32_t *sums, int32_t 
     const float *factor = out->factor + first;
     int32_t c = 0;
     if (!out->codes) {
-        float *values = (float *)y;
-        for (; c < count; c++) {
-            float value = (float)sums[c] * factor[c];
-            if (out->bias)
-                value = value + out->bias[first + c];
-            values[c] = value;
-        }
+        float *restrict values = (float *)y;
+        const float *bias = out->bias ? out->bias + first : NULL;
+        if (!bias)
+            for (; c < count; c++)
+                values[c] = (float)sums[c] * factor[c];
+        for (; c < count; c++)
+            values[c] = (float)sums[c] * factor[c] + bias[c];
         return;
     }
 #if defined(__AVX2__)

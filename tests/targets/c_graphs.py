@@ -105,7 +105,11 @@ def one_bit_weight(graph: GraphModule, node: torch.fx.Node) -> None:
     scales = weight.abs().flatten(1).mean(1)
     stored = [
         graphs.add_constant(graph, f"{node.name}_{part}", value, node)
-        for part, value in (("codes", codes), ("scales", scales), ("zeros", torch.zeros(len(scales), dtype=torch.int64)))
+        for part, value in (
+            ("codes", codes),
+            ("scales", scales),
+            ("zeros", torch.zeros(len(scales), dtype=torch.int64)),
+        )
     ]
     with graph.graph.inserting_before(node):
         wide = graph.graph.call_function(qdq.DEQUANTIZE_CHANNEL, (*stored, 0, -1, 1, torch.int8))
@@ -166,9 +170,7 @@ class Machine:
 
 MACHINES = {
     "aarch64": Machine("aarch64-linux-gnu-gcc", ("qemu-aarch64", "-cpu", "cortex-a72")),
-    "aarch64-dotprod": Machine(
-        "aarch64-linux-gnu-gcc", ("qemu-aarch64", "-cpu", "max"), ("-march=armv8.2-a+dotprod",)
-    ),
+    "aarch64-dotprod": Machine("aarch64-linux-gnu-gcc", ("qemu-aarch64", "-cpu", "max"), ("-march=armv8.2-a+dotprod",)),
     "riscv64": Machine("riscv64-linux-gnu-gcc", ("qemu-riscv64",)),
     "x86-64 without extensions": Machine("gcc", ("env",), ("-march=x86-64",)),
 }

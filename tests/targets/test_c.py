@@ -215,7 +215,7 @@ def test_what_has_no_kernel_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(TargetError, match=r"no kernel for cumsum .*--target onnx"):
         TARGET.lower(c_job(capture(Recurrent(), IMAGE), IMAGE), tmp_path / "a")
-    with pytest.raises(TargetError, match="at run time.*--recipe int8"):
+    with pytest.raises(TargetError, match=r"at run time.*--recipe int8"):
         TARGET.lower(c_job(make_dynamic(capture(made(Residual), IMAGE)), IMAGE), tmp_path / "b")
     with pytest.raises(TargetError, match="int16 codes"):
         TARGET.lower(c_job(quantize(capture(made(Residual), IMAGE), IMAGE, wide=True), IMAGE), tmp_path / "c")
@@ -239,7 +239,9 @@ def test_a_broken_artifact_is_a_target_error(int8: tuple[Job, Path], tmp_path: P
     (copy / "weights.h").write_text((copy / "weights.h").read_text()[:1000])
     with pytest.raises(TargetError, match="does not compile"):
         TARGET.open(copy)
-    (copy / "manifest.json").write_text('{"version": 1, "name": "m", "sources": ["../m.c"], "inputs": [], "outputs": []}')
+    (copy / "manifest.json").write_text(
+        '{"version": 1, "name": "m", "sources": ["../m.c"], "inputs": [], "outputs": []}'
+    )
     with pytest.raises(TargetError, match="outside its folder"):
         TARGET.open(copy)
     with pytest.raises(TargetError, match="no readable manifest"):

@@ -48,7 +48,9 @@ def test_signs_of_the_border_are_not_made_up(tmp_path: Path) -> None:
     case = binary_job(64)
     path = lowered(case, tmp_path)
     model = (path / "model.c").read_text()
-    (path / "model.c").write_text(model.replace(".tap_sums = tap_sums", ".tap_sums = NULL, .zero = 0 * sizeof tap_sums"))
+    (path / "model.c").write_text(
+        model.replace(".tap_sums = tap_sums", ".tap_sums = NULL, .zero = 0 * sizeof tap_sums")
+    )
     found = TARGET.open(path).run(batch(IMAGE))["result0"]
     assert not np.array_equal(found, simulation(case)((IMAGE,))[0].numpy())
 
