@@ -136,7 +136,7 @@ class Program:
 
     def struct(self, ctype: str, **fields: Any) -> Struct:
         """A structure of the source, for the next call."""
-        made = Struct(ctype, fields, f"{ctype.removeprefix('tf_')}_{len(self.structs)}")
+        made = Struct(ctype, fields, f"{ctype.removeprefix('tf_')}_of_{len(self.structs)}")
         self.structs.append(made)
         return made
 

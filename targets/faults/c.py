@@ -35,7 +35,7 @@ class TextBlock(Block):
     def read(self) -> NDArray[Any]:
         """A copy of the numbers, [out, ...]; words of signs with one row per output channel."""
         text = self.file.read_text(encoding="utf-8")[self.offset : self.offset + self.length]
-        words = [w for w in re.split(r"[,\s]+", text) if w]
+        words = [w for w in re.split(r"[,\s]+", text.replace(number(np.nan), "nan")) if w]
         convert: Any = float.fromhex if self.is_float else lambda w: int(w, 0)
         try:
             found = np.array([convert(w.removesuffix("f") if self.is_float else w) for w in words], self.dtype)
