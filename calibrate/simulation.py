@@ -195,11 +195,8 @@ class Simulation(Interpreter):
             self._codes[node] = self._sixteen_bit(node, total, bias, output)
             return self._codes[node].float() * output.scale
         if bias is not None:
-            steps = bias.double() / kernel.unit.double()
-            whole = torch.round(steps)
-            if bool(
-                ((steps - whole).abs() > WHOLE * steps.abs()).any()
-            ):  # a bias of its own precision: added after the scale
+            whole = whole_steps(bias, kernel.unit)
+            if whole is None:  # a bias of its own precision: added after the scale
                 return (total.float() * unit + bias.view(channels)).float()
             total = (total.double() + whole.view(channels)).float()
         if output is not None:
@@ -286,7 +283,7 @@ def _writer(quantize: Node) -> tuple[Node, _Output] | None:
     assert isinstance(high, int)
     assert isinstance(dtype, torch.dtype)
     while isinstance(node, Node) and kind(node) in ("relu", "clamp") and len(node.users) == 1:
-        smallest, largest = (0.0, None) if kind(node) == "relu" else _bounds(node)
+        smallest, largest = (0.0, None) if kind(node) == "relu" else bounds(node)
         if smallest is not None:
             low = max(low, min(high, round(smallest / scale) + zero))
         if largest is not None:
@@ -297,7 +294,8 @@ def _writer(quantize: Node) -> tuple[Node, _Output] | None:
     return node, _Output(scale, zero, low, high, dtype)
 
 
-def _bounds(node: Node) -> tuple[float | None, float | None]:
+def bounds(node: Node) -> tuple[float | None, float | None]:
+    """The least and the largest value that a clamp, hardtanh or relu6 lets through; None where there is no limit."""
     name = str(node.target)
     given = [a for a in node.args[1:3] if isinstance(a, int | float)]
     if "relu6" in name:
@@ -379,6 +377,29 @@ def _mean_codes(node: Node, args: Any, output: _Output) -> Tensor:
     total, count, scale = _sum_of_codes(node, args)
     divisor = torch.tensor(output.scale, dtype=torch.float32) * count
     return output.codes(total.float() * (torch.tensor(scale, dtype=torch.float32) / divisor))
+
+
+@dataclass(frozen=True)
+class IntegerKernels:
+    """Which nodes the simulation computes as integer kernels: `kernels` are conv and linear nodes with their constants,
+    `outputs` says how a node's codes are written, `written` which node's codes a quantize node stands for."""
+
+    kernels: dict[Node, _Kernel]
+    outputs: dict[Node, _Output]
+    written: dict[Node, Node]
+
+
+def integer_kernels(graph: GraphModule) -> IntegerKernels:
+    """What a target that writes its own kernels has to compute in integers, to the bit."""
+    found = Simulation(graph)
+    return IntegerKernels(found._kernels, found._outputs, found._written)
+
+
+def whole_steps(bias: Tensor, unit: Tensor) -> Tensor | None:
+    """A bias as whole steps of the accumulator (float64), or None: it is then added after the scale, in float32."""
+    steps = bias.double() / unit.double()
+    whole = torch.round(steps)
+    return None if bool(((steps - whole).abs() > WHOLE * steps.abs()).any()) else whole
 
 
 def simulate(

@@ -58,7 +58,7 @@ def convert(
         Path, typer.Option("-o", "--out", metavar="FOLDER", show_default=False, help="Where it goes (./tightfit-out).")
     ] = Path("tightfit-out"),
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", metavar="NAME", help="onnx, tflite, coreml; repeatable.")
+        list[str] | None, typer.Option("--target", "-t", metavar="NAME", help="onnx, tflite, coreml, c; repeatable.")
     ] = None,
     recipe: Annotated[
         str, typer.Option(metavar="NAME", show_default=False, help="auto, int8, float16, ...; join by +.")
@@ -199,7 +199,7 @@ def check(
 
 @app.command(epilog="Example: tightfit bench out/raspberry-pi-4b/resnet.tflite --threads 2")
 def bench(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .onnx, .tflite or .mlpackage.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A .onnx, .tflite, .mlpackage or .cnet.")],
     float_: Annotated[
         Path | None,
         typer.Option("--float", metavar="FILE", help="The float twin (found beside the artifact by itself)."),

@@ -41,7 +41,7 @@ class Decision:
     @property
     def adder(self) -> Adder:
         """How the runtime's kernels add codes: what the simulation is to follow."""
-        return "fixed_point" if self.rules.runtime == "litert" else "float"
+        return "fixed_point" if self.rules.runtime in ("litert", "c99") else "float"
 
 
 def family(graph: GraphModule) -> Family:

@@ -67,7 +67,7 @@ class TargetRules(Facts):
     """
 
     target: Text
-    runtime: Literal["onnxruntime", "litert", "coreml", "tensorrt", "edgetpu"]
+    runtime: Literal["onnxruntime", "litert", "coreml", "tensorrt", "edgetpu", "c99"]
     recipe: Recipes
     recipe_reason: Reasons
     activation_dtype: Literal["int8", "uint8"]
@@ -94,7 +94,7 @@ class TargetRules(Facts):
 class Cpu(Facts):
     """The processor; `dotprod`, `fp16` and `i8mm` are the Arm extensions for fast int8 and half floats."""
 
-    arch: Literal["aarch64", "armv7", "x86_64"]
+    arch: Literal["aarch64", "armv7", "riscv64", "x86_64"]
     model: Text
     cores: Count | None = None
     big_cores: Count | None = None

@@ -85,7 +85,7 @@ def test_a_users_own_board_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (
             '"aarch64"',
             '"arm64"',
-            "my-board.toml, line 10, cpu.arch: expected one of aarch64, armv7, x86_64",
+            "my-board.toml, line 10, cpu.arch: expected one of aarch64, armv7, riscv64, x86_64",
         ),
         ('  "linear",', '  "liner",', "my-board.toml, line 22, targets.onnx.quantize_inputs[1]: expected one of "),
         ('op = "sort"', 'op = "sorted"', "my-board.toml, line 33, targets.tflite.unsupported[1].op: expected one of "),

@@ -10,12 +10,12 @@ import pytest
 import device_profiles
 from device_profiles.kinds import OpKind
 
-TARGETS = ("coreml", "onnx", "tflite")
+TARGETS = ("c", "coreml", "onnx", "tflite")
 PROMISED = {
     "raspberry-pi-zero-2w", "raspberry-pi-3b-plus", "raspberry-pi-4b", "raspberry-pi-5",
     "jetson-nano", "jetson-xavier-nx", "jetson-orin-nano", "jetson-agx-orin", "jetson-agx-thor",
     "iphone-a15", "iphone-a17-pro", "apple-m4", "snapdragon-8-gen-2", "snapdragon-8-elite",
-    "pixel-tensor", "coral-edgetpu", "generic-x86", "generic-arm64",
+    "pixel-tensor", "coral-edgetpu", "generic-x86", "generic-arm64", "generic-riscv64",
 }  # fmt: skip
 
 every_profile = pytest.mark.parametrize("name", device_profiles.names())

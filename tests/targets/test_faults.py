@@ -186,7 +186,7 @@ def test_every_target_has_the_same_faults_and_an_unknown_one_is_named() -> None:
     pytest.importorskip("coremltools")
     named = {name: list(faults.find(name)) for name in targets.names()}
     assert len(set(map(tuple, named.values()))) == 1
-    with pytest.raises(TargetError, match="there are for coreml, onnx, tflite"):
+    with pytest.raises(TargetError, match="there are for c, coreml, onnx, tflite"):
         faults.find("wasm")
 
 
