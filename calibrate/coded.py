@@ -82,6 +82,21 @@ class CodedLayer:
         """Put other scales in the place of the stored ones (same shape)."""
         set_constant(graph, self.scales, scales.float())
 
+    def set_range(self, low: int, high: int) -> "CodedLayer":
+        """Say that codes lie in [low, high]: ±1, -8..7 or 8 bits; the layer as it then is."""
+        if self.dynamic:
+            bits = 1 if (low, high) == (-1, 1) else qdq.bits_of(low, high)
+            after_scheme = next(i for i, a in enumerate(self.node.args) if isinstance(a, str)) + 1
+            self.node.args = (*self.node.args[:after_scheme], bits)
+        else:
+            weight = self.node.args[1]
+            assert isinstance(weight, Node)
+            first = 4 if weight.target is qdq.DEQUANTIZE_CHANNEL else 3
+            weight.args = (*weight.args[:first], low, high, *weight.args[first + 2 :])
+        found = coded(self.node)
+        assert found is not None
+        return found
+
     def input_scale(self) -> float | None:
         """The scale of the layer's static int8 input; None where the input is float."""
         source = self.node.args[0]
