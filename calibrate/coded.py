@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from . import qdq
 from .graph import add_constant, constant, is_constant, kind, layer_name
+from .levels import alphabet
 from .weights import spread
 
 
@@ -69,6 +70,17 @@ class CodedLayer:
         """The scale of every weight, float64, in the weight's shape."""
         scales = constant(graph, self.scales).double()
         return spread(scales, constant(graph, self.codes).shape)
+
+    def levels(self, graph: GraphModule) -> Tensor | None:
+        """The codes that each row may use, float32 [out, 2 or 4] ascending, where the layer was given so few: signs, or
+        two magnitudes with both signs. None where every code of the range may be used, ternary ones included."""
+        codes = constant(graph, self.codes)
+        if self.bits <= 2:
+            signs = (self.low, self.high) == (-1, 1) and not bool((codes == 0).any())
+            return torch.tensor([-1.0, 1.0]).expand(len(codes), 2) if signs else None
+        rows = codes.reshape(len(codes), -1)
+        found = alphabet(torch.cat([rows, -rows], 1))
+        return found.float() if found is not None else None
 
     def weight(self, graph: GraphModule) -> Tensor:
         """The weight that the codes stand for, float32."""

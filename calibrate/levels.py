@@ -137,6 +137,16 @@ def descend(weight: Tensor, h: Tensor, grid: Grid, scales: Tensor, chosen: Tenso
     return chosen
 
 
+def to_levels(numbers: Tensor, levels: Tensor) -> Tensor:
+    """The nearest of its row's levels for each of `numbers` [out, ...]; levels [out, n] ascending. Halves go up."""
+    edges = (levels[:, 1:] + levels[:, :-1]) / 2
+    shape = (-1, *[1] * (numbers.dim() - 1))
+    found = levels[:, 0].view(shape).expand(numbers.shape)
+    for i in range(edges.shape[1]):
+        found = torch.where(numbers >= edges[:, i].view(shape), levels[:, i + 1].view(shape), found)
+    return found
+
+
 def alphabet(codes: Tensor, most: int = 4) -> Tensor | None:
     """The codes that each row uses, int8 [out, n] ascending, n = 2 or `most`, rows with fewer filled with their own.
 

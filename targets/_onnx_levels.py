@@ -16,7 +16,7 @@ import torch
 
 from calibrate.levels import alphabet
 
-from ._onnx_bits import Bits, is_weight
+from ._onnx_bits import PACKED, Bits, is_weight
 from ._onnx_export import LAYER_KEY
 from ._onnx_graph import Array, constant, new_constant, new_node
 
@@ -61,7 +61,8 @@ def few_levels_are_looked_up(model: ir.Model, bits: Bits) -> None:
             if codes not in done:
                 form = form_of(array)
                 now = bits.get(node.metadata_props.get(LAYER_KEY, ""), 8)
-                if form is None or array.size * (max(now, 2) / 8 - 1 / EACH[form]) < NODES:
+                packed = now / 8 if now in PACKED else 1.0  # the bytes of a code as it would be stored
+                if form is None or array.size * (packed - 1 / EACH[form]) < NODES:
                     continue
                 done[codes] = _looked_up(model.graph, node, codes, array, form, tables)
             node.replace_input_with(index, done[codes])
@@ -114,7 +115,8 @@ def _digits(
     value = _before(graph, node, "Gather", [tables[form], places], axis=0)
     if len(packed) * each != indices.size:
         value = _reshaped(graph, node, value, f"{name}_flat", [-1])
-        ends = [new_constant(graph, f"{name}_{k}", np.array([v], np.int64)) for k, v in (("from", 0), ("to", indices.size))]
+        bounds = (("from", 0), ("to", indices.size))
+        ends = [new_constant(graph, f"{name}_{k}", np.array([v], np.int64)) for k, v in bounds]
         value = _before(graph, node, "Slice", [value, *ends])
     return _reshaped(graph, node, value, name, shape)
 
@@ -142,5 +144,6 @@ def _reshaped(graph: ir.Graph, node: ir.Node, value: ir.Value, name: str, shape:
 
 def _before(graph: ir.Graph, node: ir.Node, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
     made = new_node(node, op, inputs, **attributes)
+    made.outputs[0].name = f"{inputs[-1].name}.{op[0].lower()}"  # names that onnx_ir gives may be taken
     graph.insert_before(node, made)
     return made.outputs[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from calibrate import binarize as binarizers
+from calibrate import qdq
 from calibrate.binarize import Binarized
 from calibrate.binarized_codes import Stored, stored
 from calibrate.coded import CodedLayer, coded_layers
@@ -88,7 +89,8 @@ def _code_the_rest(graph: GraphModule, plan: Plan) -> list[Entry]:
     ledger = []
     for node in list(graph.graph.nodes):
         name = layer_name(node)
-        if not is_weighted(node) or kind(node) not in ("conv", "linear") or chooses_tokens(node):
+        floats = is_weighted(node) and kind(node) in ("conv", "linear") and node.target not in qdq.DYNAMIC
+        if not floats or chooses_tokens(node):
             continue
         if kept_float(node, plan.keep_float) is not None or node.meta["val"].dtype != torch.float32:
             continue
