@@ -106,7 +106,9 @@ def fit_scales(weight: Tensor, h: Tensor, grid: Grid, chosen: Tensor, before: Te
     trace = matrix.diagonal(dim1=2, dim2=3).sum(-1)
     safe = matrix + torch.diag_embed((TINY * trace + TINY)[..., None].expand(wanted.shape))
     found = torch.linalg.solve(safe, wanted[..., None]).squeeze(-1)
-    old, new = ((x[..., None, :] @ matrix @ x[..., None])[..., 0, 0] - 2 * (x * wanted).sum(-1) for x in (before, found))
+    old, new = (
+        (x[..., None, :] @ matrix @ x[..., None])[..., 0, 0] - 2 * (x * wanted).sum(-1) for x in (before, found)
+    )
     return torch.where(((new < old) & torch.isfinite(found).all(-1))[..., None], found, before)
 
 

@@ -119,9 +119,7 @@ class Student:
     def groups(self, rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups; `rate` is in codes of up to four bits a step."""
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
-        groups: list[dict[str, Any]] = [
-            {"params": [w.latent], "lr": rate * w.gap} for w in self.weights
-        ]
+        groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * w.gap} for w in self.weights]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
         groups.append({"params": list(self.factors.values()), "lr": rate * STEP_RATE})
         groups.append({"params": [s.move for s in shifts], "lr": rate * SHIFT_RATE})

@@ -33,8 +33,8 @@ LARGEST_BLOCK = 1 << 14
 
 
 def stored_bits(graph: GraphModule) -> Bits:
-    """{layer, as ONNX nodes are marked with it: bits of its weight codes in the file, 2, 4 or 8; 1 for codes of -1 to 1,
-    for which there is no type}."""
+    """{layer, as ONNX nodes are marked with it: bits of its weight codes in the file, 2, 4 or 8; 1 for codes of -1 to
+    1, for which there is no type}."""
     found: Bits = {}
     for node in graph.graph.nodes:
         bits = qdq.code_bits(node)

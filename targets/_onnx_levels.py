@@ -1,14 +1,16 @@
 """Weight codes of few levels: packed to 1, 1.6 or 2 bits each, and looked up once, when ONNX Runtime loads the file.
 
-ONNX has no type of one bit, and none of three or four levels chosen per row. So the file holds bytes, and a table shared
-by all layers that says what each byte stands for: eight signs, five ternary digits (3^5 = 243), four indices. Gather
+ONNX has no type of one bit, and none of three or four levels chosen per row. So the file holds bytes, and a table
+shared by all layers that says what each byte stands for: eight signs, five ternary digits (3^5 = 243), four indices. Gather
 turns bytes into codes; for levels of each row's own GatherElements takes them from a table [out, 4] of int8 codes.
 
 All of it is constant, so ONNX Runtime computes it when it loads the file, as it unpacks INT4 and INT2 codes: what stays
-in memory is an int8 code per weight, as for any int8 layer, where codes are what the layer's kernel reads (MatMulInteger,
-QLinearConv, QGemm). Beside float activations it is a float per weight, as for all weight-only formats here but groups
+in memory is an int8 code per weight, as for any int8 layer, where codes are what the layer's kernel reads
+(MatMulInteger, QLinearConv, QGemm). Beside float activations it is a float per weight, as for all weight-only formats here but groups
 of 4 bits. Only the file is smaller; unpacking in every run would cost more than the product itself.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -142,8 +144,8 @@ def _reshaped(graph: ir.Graph, node: ir.Node, value: ir.Value, name: str, shape:
     return _before(graph, node, "Reshape", [value, to])
 
 
-def _before(graph: ir.Graph, node: ir.Node, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-    made = new_node(node, op, inputs, **attributes)
+def _before(graph: ir.Graph, node: ir.Node, op: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    made = new_node(node, op, list(inputs), **attributes)
     made.outputs[0].name = f"{inputs[-1].name}.{op[0].lower()}"  # names that onnx_ir gives may be taken
     graph.insert_before(node, made)
     return made.outputs[0]

@@ -14,8 +14,8 @@ PLANES = torch.tensor([[[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]], dt
 
 
 class Planes:
-    """Ŵ = a1 B1 + a2 B2 per row: a1 = mean |W|, a2 = mean |W - a1 B1|, then nearest of the four levels ±a1 ± a2 and each
-    row's normal equations in turns (arXiv 2410.03129; the residual start: arXiv 2404.05662, BEBR 2302.08714).
+    """Ŵ = a1 B1 + a2 B2 per row: a1 = mean |W|, a2 = mean |W - a1 B1|, then nearest of the four levels ±a1 ± a2 and
+    each row's normal equations in turns (arXiv 2410.03129; the residual start: arXiv 2404.05662, BEBR 2302.08714).
 
     `columns`: a scale per column besides (ARB-RC). It is worth as much as columns differ in size.
     """

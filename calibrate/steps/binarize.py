@@ -119,7 +119,7 @@ def some(batches: Iterable[list[Tensor]], limit: int) -> Iterable[list[Tensor]]:
 def _check(wish: Mapping[str, Any], names: list[str]) -> None:
     found = binarizers.find(wish["method"])
     if wish["target"] not in TARGETS:
-        raise CalibrationError(f'{NAME} has no target {wish["target"]!r}: use {" or ".join(TARGETS)}')
+        raise CalibrationError(f"{NAME} has no target {wish['target']!r}: use {' or '.join(TARGETS)}")
     unknown = [key for key in wish["options"] if key not in found.defaults]
     if unknown:
         there = ", ".join(found.defaults) or "none"

@@ -37,7 +37,9 @@ def network() -> GraphModule:
 MIDDLE = {"2", "7"}
 
 
-def binarized(plan: Plan, graph: GraphModule | None = None, **told: object) -> tuple[GraphModule, GraphModule, list[Entry]]:
+def binarized(
+    plan: Plan, graph: GraphModule | None = None, **told: object
+) -> tuple[GraphModule, GraphModule, list[Entry]]:
     """(float graph, binarized graph, the step's ledger)."""
     graph = network() if graph is None else graph
     setting = context(replace(plan, parameters={"binarize": told}), *batches())
@@ -82,7 +84,7 @@ def test_more_levels_come_closer_and_all_beat_rounding_to_nearest_of_two_bits() 
     graph, nearest, _ = binarized(replace(WEIGHTS, formats={}))
     two = clone(graph)
     plan = replace(WEIGHTS, weight=replace(WEIGHTS.weight, bits=2))
-    wide = {name: WEIGHTS.weight for name in ("0", "4", "9")}
+    wide = dict.fromkeys(("0", "4", "9"), WEIGHTS.weight)
     steps.apply("quantize_weights", two, context(replace(plan, formats=wide), *batches()))
     error = {m: drift(graph, binarized(WEIGHTS, graph, method=m)[1]) for m in ("sign", "ternary", "planes")}
     assert error["planes"] < error["ternary"] < error["sign"] == drift(graph, nearest)
