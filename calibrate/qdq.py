@@ -10,9 +10,9 @@ Beside ATen as `torch.export` gives it, a graph may hold:
    scales float32, zero_points int64 zeros, axis 0 of conv, linear and embedding weights. qmin and qmax say how many
    bits a file gives each code: ±127 eight, -8..7 four, -2..1 two (`bits_of`); ±1 two, and where none is zero one.
    A row that uses few of its codes may be stored as indices into them (`calibrate/levels.py`, `alphabet`).
-   Without (1) around the layer this is weight-only quantization. With one scale per group of neighbours along the input axis of a linear weight or an
-   embedding table: `dequantize_per_channel_group.default(codes [out, in], scales [out, in / group], None, qmin, qmax,
-   int8, group, float32)`.
+   Without (1) around the layer this is weight-only quantization. With one scale per group of neighbours along the
+   input axis of a linear weight or an embedding table: `dequantize_per_channel_group.default(codes [out, in],
+   scales [out, in / group], None, qmin, qmax, int8, group, float32)`.
 3. Dynamic int8: `tightfit.dynamic_linear(x, codes, scales, bias, scheme, bits)` and
    `tightfit.dynamic_conv2d(x, codes, scales, bias, stride, padding, dilation, groups, scheme, bits)`; x is quantized at
    run time, the product is exact in integers. Codes are int8 tensors, `bits` is what a file gives each (1: codes of

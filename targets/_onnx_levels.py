@@ -1,13 +1,13 @@
 """Weight codes of few levels: packed to 1, 1.6 or 2 bits each, and looked up once, when ONNX Runtime loads the file.
 
-ONNX has no type of one bit, and none of three or four levels chosen per row. So the file holds bytes, and a table
-shared by all layers that says what each byte stands for: eight signs, five ternary digits (3^5 = 243), four indices. Gather
+ONNX has no type of one bit, and none of three or four levels chosen per row. So the file holds bytes, and a table that
+all layers share says what each byte stands for: eight signs, five ternary digits (3^5 = 243), four indices. Gather
 turns bytes into codes; for levels of each row's own GatherElements takes them from a table [out, 4] of int8 codes.
 
 All of it is constant, so ONNX Runtime computes it when it loads the file, as it unpacks INT4 and INT2 codes: what stays
 in memory is an int8 code per weight, as for any int8 layer, where codes are what the layer's kernel reads
-(MatMulInteger, QLinearConv, QGemm). Beside float activations it is a float per weight, as for all weight-only formats here but groups
-of 4 bits. Only the file is smaller; unpacking in every run would cost more than the product itself.
+(MatMulInteger, QLinearConv, QGemm). Beside float activations it is a float per weight, as for all weight-only formats
+here but groups of 4 bits. Only the file is smaller; unpacking in every run would cost more than the product itself.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def _looked_up(
         table = new_constant(graph, f"{name}_levels", np.ascontiguousarray(levels.astype(np.int8)))
         value = _before(graph, node, "GatherElements", [table, wide], axis=1 if axis == 0 else 0)
         if shape != list(array.shape):
-            value = _reshaped(graph, node, value, name, list(array.shape))
+            value = _reshaped(graph, node, value, list(array.shape), tables)
     else:
         plain = (array > 0) if form == SIGNS else array.astype(np.int64) + 1
         value = _digits(graph, node, name, plain.reshape(-1).astype(np.int64), form, shape, tables)
@@ -116,11 +116,11 @@ def _digits(
     places = _before(graph, node, "Cast", [stored], to=ir.DataType.INT32)
     value = _before(graph, node, "Gather", [tables[form], places], axis=0)
     if len(packed) * each != indices.size:
-        value = _reshaped(graph, node, value, f"{name}_flat", [-1])
-        bounds = (("from", 0), ("to", indices.size))
-        ends = [new_constant(graph, f"{name}_{k}", np.array([v], np.int64)) for k, v in bounds]
+        value = _reshaped(graph, node, value, [-1], tables)
+        bounds = (0, indices.size)
+        ends = [_numbers(graph, [v], tables) for v in bounds]
         value = _before(graph, node, "Slice", [value, *ends])
-    return _reshaped(graph, node, value, name, shape)
+    return _reshaped(graph, node, value, shape, tables)
 
 
 def table_of(form: str) -> Array:
@@ -139,13 +139,23 @@ def pack(indices: Array, form: str) -> Array:
     return np.asarray((full * base ** np.arange(each)).sum(1), dtype=np.uint8)
 
 
-def _reshaped(graph: ir.Graph, node: ir.Node, value: ir.Value, name: str, shape: list[int]) -> ir.Value:
-    to = new_constant(graph, f"{name}_shape{len(shape)}", np.array(shape, np.int64))
-    return _before(graph, node, "Reshape", [value, to])
+def _reshaped(
+    graph: ir.Graph, node: ir.Node, value: ir.Value, shape: list[int], tables: dict[str, ir.Value]
+) -> ir.Value:
+    return _before(graph, node, "Reshape", [value, _numbers(graph, shape, tables)])
+
+
+def _numbers(graph: ir.Graph, numbers: list[int], tables: dict[str, ir.Value]) -> ir.Value:
+    """A constant of these whole numbers; layers alike in shape share it."""
+    name = "_".join(["n", *map(str, numbers)])
+    if name not in tables:
+        tables[name] = new_constant(graph, name, np.array(numbers, np.int64))
+    return tables[name]
 
 
 def _before(graph: ir.Graph, node: ir.Node, op: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
     made = new_node(node, op, list(inputs), **attributes)
-    made.outputs[0].name = f"{inputs[-1].name}.{op[0].lower()}"  # names that onnx_ir gives may be taken
+    own = inputs[1] if op.startswith("Gather") else inputs[0]  # not what layers share
+    made.outputs[0].name = f"{own.name}.{op[0].lower()}"  # names that onnx_ir gives may be taken
     graph.insert_before(node, made)
     return made.outputs[0]
