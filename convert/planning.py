@@ -107,6 +107,8 @@ def planned(
 def _resolved(steps: tuple[str, ...], rules: TargetRules, sort: Family) -> tuple[str, ...]:
     """The steps with the stand-in `quantize` replaced by what the profile picks for this kind of network."""
     picked = STEP_OF.get(getattr(rules.recipe, sort), "quantize_weights")
+    if "binarize" in steps and rules.runtime == "coreml":  # its int8 kernels read int8 codes alone, no palettes
+        picked = "quantize_weights"
     return tuple(picked if s == recipes.QUANTIZE else s for s in steps)
 
 

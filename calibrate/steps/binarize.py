@@ -31,6 +31,8 @@ SMALLEST = 256
 TARGETS = ("layer", "float")
 # The relative output error, on samples kept aside, above which the ledger warns.
 POOR = 0.1
+# Positions per layer: four times what rounding looks at, as scales and levels are fitted to them.
+ROWS = 32768
 
 
 class Binarize:
@@ -55,7 +57,7 @@ class Binarize:
         "target": "float",
         "damping": 0.01,
         "ridge": 0.1,
-        "samples": 256,
+        "samples": 512,
         "ends": True,
         "wide": (),
         "gate": 0.0,
@@ -155,7 +157,7 @@ class _Work:
             reason = COMPUTED
         if reason is None:
             seed = self.context.seed + self.done
-            entry = self._binarize(problem(self.graph, reference, found, seed))
+            entry = self._binarize(problem(self.graph, reference, found, seed, ROWS))
         else:
             entry = Entry(NAME, layer.name, f"left at {layer.bits} bits", reason)
         self.ledger.append(entry)

@@ -53,3 +53,29 @@ def test_the_file_has_the_smallest_type_and_computes_what_the_simulation_does(
     file = TFLiteFile.read(path)
     found = [file.dtype(t) for t in range(len(file.graph.tensors)) if tuple(file.shape(t)) == (OUT, IN)]
     assert found == [stored]
+
+
+class Convolution(Layer):
+    """A convolution that quantizes its input at run time."""
+
+    def __init__(self, levels: tuple[int, ...], bits: int) -> None:
+        super().__init__(levels, bits)
+        self.codes = self.codes.view(OUT, -1, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = ([1, 1], [1, 1], [1, 1])
+        return qdq.DYNAMIC_CONV2D(x, self.codes, self.scales, self.bias, *pairs, 1, "row_int8", self.bits)
+
+
+@pytest.mark.parametrize(("levels", "bits"), [((-1, 1), 1), ((-2, -1, 0, 1), 2)], ids=["signs", "int2"])
+def test_a_dynamic_convolution_takes_four_bits_as_two_give_nan(
+    levels: tuple[int, ...], bits: int, tmp_path: Path
+) -> None:
+    x = torch.randn(1, IN // 4, 6, 6, generator=torch.Generator().manual_seed(3))
+    graph, path = capture(Convolution(levels, bits), x), tmp_path / "layer.tflite"
+    case = job(graph, x)
+    TARGET.lower(case, path)
+    got = next(iter(TARGET.open(path).run(batch(x)).values()))
+    np.testing.assert_allclose(got, simulate(graph)([x])[0].numpy(), rtol=0, atol=TOLERANCE)
+    (fallback,) = TARGET.placement(path, case).fallbacks
+    assert "4" in fallback.reason
