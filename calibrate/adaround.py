@@ -19,8 +19,8 @@ class Rounding:
     def __init__(self, graph: GraphModule, layer: CodedLayer, weight: Tensor | None, plan: Plan, scales: bool) -> None:
         self.layer = layer
         latent = latent_steps(graph, layer, weight)
-        self.below = torch.floor(latent)
-        share = (latent - self.below).clamp(0.001, 0.999)
+        self.below, self.gap = _around(latent, layer.levels(graph))
+        share = ((latent - self.below) / self.gap).clamp(0.001, 0.999)
         self.up = (-torch.log(STRETCH / (share - SHIFT) - 1)).requires_grad_()
         self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(latent.shape))
         self.learns_scale = scales and not plan.format_of(layer.name).power_of_two
@@ -36,7 +36,7 @@ class Rounding:
     def weight(self) -> Tensor:
         """The soft weight."""
         scale = self.scale.spread() if self.learns_scale else self.scale.spread().detach()
-        return torch.clamp(self.below + self.share(), self.layer.low, self.layer.high) * scale
+        return torch.clamp(self.below + self.share() * self.gap, self.layer.low, self.layer.high) * scale
 
     def moved_bias(self) -> Tensor:
         """The bias with what was learned."""
@@ -51,7 +51,7 @@ class Rounding:
     def store(self, graph: GraphModule, plan: Plan) -> float:
         """Write codes, scales and bias into the graph; the share of codes that moved."""
         with torch.no_grad():
-            codes = torch.clamp(self.below + (self.share() >= 0.5), self.layer.low, self.layer.high)
+            codes = torch.clamp(self.below + (self.share() >= 0.5) * self.gap, self.layer.low, self.layer.high)
             moved = float((codes != constant(graph, self.layer.codes)).float().mean())
             self.layer.set_codes(graph, codes)
             if self.learns_scale:
@@ -59,3 +59,17 @@ class Rounding:
             if self.bias is not None:
                 self.layer.set_bias(graph, self.moved_bias(), plan.int32_bias)
         return moved
+
+
+def _around(latent: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The code below each latent weight, and how far the next is: 1, or what lies between two of the row's levels."""
+    if levels is None:
+        below = torch.floor(latent)
+        return below, torch.ones_like(below)
+    shape = (-1, *[1] * (latent.dim() - 1))
+    below, above = levels[:, 0].view(shape).expand(latent.shape), levels[:, 1].view(shape).expand(latent.shape)
+    for i in range(1, levels.shape[1] - 1):
+        beyond = (latent >= levels[:, i].view(shape)) & (levels[:, i + 1] > levels[:, i]).view(shape)
+        below = torch.where(beyond, levels[:, i].view(shape), below)
+        above = torch.where(beyond, levels[:, i + 1].view(shape), above)
+    return below, above - below

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from . import qdq
 from .graph import add_constant, constant, is_constant, kind, layer_name
+from .levels import alphabet
 from .weights import spread
 
 
@@ -70,6 +71,17 @@ class CodedLayer:
         scales = constant(graph, self.scales).double()
         return spread(scales, constant(graph, self.codes).shape)
 
+    def levels(self, graph: GraphModule) -> Tensor | None:
+        """The codes that each row may use, float32 [out, 2 or 4] ascending, where the layer was given so few: signs, or
+        two magnitudes with both signs. None where every code of the range may be used, ternary ones included."""
+        codes = constant(graph, self.codes)
+        if self.bits <= 2:
+            signs = (self.low, self.high) == (-1, 1) and not bool((codes == 0).any())
+            return torch.tensor([-1.0, 1.0]).expand(len(codes), 2) if signs else None
+        rows = codes.reshape(len(codes), -1)
+        found = alphabet(torch.cat([rows, -rows], 1))
+        return found.float() if found is not None else None
+
     def weight(self, graph: GraphModule) -> Tensor:
         """The weight that the codes stand for, float32."""
         return (constant(graph, self.codes).double() * self.step(graph)).float()
@@ -81,6 +93,21 @@ class CodedLayer:
     def set_scales(self, graph: GraphModule, scales: Tensor) -> None:
         """Put other scales in the place of the stored ones (same shape)."""
         set_constant(graph, self.scales, scales.float())
+
+    def set_range(self, low: int, high: int) -> "CodedLayer":
+        """Say that codes lie in [low, high]: ±1, -8..7 or 8 bits; the layer as it then is."""
+        if self.dynamic:
+            bits = 1 if (low, high) == (-1, 1) else qdq.bits_of(low, high)
+            after_scheme = next(i for i, a in enumerate(self.node.args) if isinstance(a, str)) + 1
+            self.node.args = (*self.node.args[:after_scheme], bits)
+        else:
+            weight = self.node.args[1]
+            assert isinstance(weight, Node)
+            first = 4 if weight.target is qdq.DEQUANTIZE_CHANNEL else 3
+            weight.args = (*weight.args[:first], low, high, *weight.args[first + 2 :])
+        found = coded(self.node)
+        assert found is not None
+        return found
 
     def input_scale(self) -> float | None:
         """The scale of the layer's static int8 input; None where the input is float."""

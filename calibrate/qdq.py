@@ -8,13 +8,15 @@ Beside ATen as `torch.export` gives it, a graph may hold:
 2. Weights: a constant of int8 codes (`get_attr`) followed by
    `quantized_decomposed.dequantize_per_channel.default(codes, scales, zero_points, axis, qmin, qmax, int8)`;
    scales float32, zero_points int64 zeros, axis 0 of conv, linear and embedding weights. qmin and qmax say how many
-   bits a file gives each code: ±127 eight, -8..7 four, -2..1 two (`bits_of`). Without (1) around the layer this is
-   weight-only quantization. With one scale per group of neighbours along the input axis of a linear weight or an
-   embedding table: `dequantize_per_channel_group.default(codes [out, in], scales [out, in / group], None, qmin, qmax,
-   int8, group, float32)`.
+   bits a file gives each code: ±127 eight, -8..7 four, -2..1 two (`bits_of`); ±1 two, and where none is zero one.
+   A row that uses few of its codes may be stored as indices into them (`calibrate/levels.py`, `alphabet`).
+   Without (1) around the layer this is weight-only quantization. With one scale per group of neighbours along the
+   input axis of a linear weight or an embedding table: `dequantize_per_channel_group.default(codes [out, in],
+   scales [out, in / group], None, qmin, qmax, int8, group, float32)`.
 3. Dynamic int8: `tightfit.dynamic_linear(x, codes, scales, bias, scheme, bits)` and
    `tightfit.dynamic_conv2d(x, codes, scales, bias, stride, padding, dilation, groups, scheme, bits)`; x is quantized at
-   run time, the product is exact in integers. Codes are int8 tensors, `bits` is what a file gives each. scales [out],
+   run time, the product is exact in integers. Codes are int8 tensors, `bits` is what a file gives each (1: codes of
+   -1, 0 and 1, which take two bits as long as any is zero). scales [out],
    or for linear [out, in / group]: the products of each group are exact, their scaled sum is float32.
    `scheme` is how the runtime quantizes x:
    "tensor_uint8": one asymmetric scale for the whole tensor, as ONNX DynamicQuantizeLinear does;
@@ -199,6 +201,8 @@ def code_range(node: Node) -> tuple[int, int] | None:
         after_scheme = next(i for i, a in enumerate(node.args) if isinstance(a, str)) + 1
         bits = node.args[after_scheme] if len(node.args) > after_scheme else node.kwargs.get("bits", 8)
         assert isinstance(bits, int)
+        if bits == 1:
+            return (-1, 1)
         return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     if node.target not in (DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP):
         return None

@@ -95,6 +95,8 @@ def round_layers(
 
     def visit(found: Visit) -> None:
         reason = refusal(graph, reference, found)
+        if reason is None and found.layer.levels(graph) is not None:
+            reason = "its rows have two to four levels, which the step binarize chose as this one would"
         if reason is None and own_biases and not own_bias(found.layer):
             reason = COMPUTED
         if reason is None:

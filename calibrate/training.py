@@ -156,7 +156,22 @@ def latent_steps(graph: GraphModule, layer: CodedLayer, weight: Tensor | None) -
     if weight is None or weight.shape != codes.shape:
         return codes
     wanted = (weight.double() / layer.step(graph)).float()
+    levels = layer.levels(graph)
+    if levels is not None:
+        return _beside(wanted, codes, levels)
     return torch.minimum(torch.maximum(wanted, codes - INSIDE), codes + INSIDE)
+
+
+def _beside(wanted: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
+    """`wanted` moved no further than it takes to be nearest to `codes` among the row's `levels` [out, n]."""
+    shape = (-1, *[1] * (codes.dim() - 1))
+    low, high = codes, codes
+    for i in range(levels.shape[1] - 1):
+        below, above = levels[:, i].view(shape), levels[:, i + 1].view(shape)
+        reach = (above - below) * INSIDE
+        high = torch.where((codes == below) & (above > below), codes + reach, high)
+        low = torch.where((codes == above) & (above > below), codes - reach, low)
+    return torch.minimum(torch.maximum(wanted, low), high)
 
 
 @dataclass

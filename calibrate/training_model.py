@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from . import qdq
 from .coded import CodedLayer, coded_layers, set_constant
 from .graph import constant, is_constant, kind
+from .levels import to_levels
 from .plan import Plan
 from .ranges import representable
 from .training import LearnedScale, Saved, carrier, stored_scales, straight_round
@@ -32,13 +33,25 @@ class Weight:
 
     def __init__(self, graph: GraphModule, layer: CodedLayer, plan: Plan) -> None:
         self.layer = layer
+        self.levels = layer.levels(graph)
         self.latent = constant(graph, layer.codes).float().requires_grad_()
         self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(self.latent.shape))
         self.learns_scale = not plan.format_of(layer.name).power_of_two
 
     def codes(self) -> Tensor:
         """The codes, float32; differentiable."""
+        if self.levels is not None:
+            reach = self.levels.amax(1).view(-1, *[1] * (self.latent.dim() - 1))
+            inside = torch.minimum(torch.maximum(self.latent, -reach), reach)
+            return inside + (to_levels(inside, self.levels) - inside).detach()
         return straight_round(torch.clamp(self.latent, self.layer.low, self.layer.high))
+
+    @property
+    def gap(self) -> float:
+        """The distance between neighbouring codes, on average, in units of a code of four bits."""
+        if self.levels is None:
+            return max(1.0, (self.layer.high + 1) / FOUR_BITS)
+        return float((self.levels[:, -1] - self.levels[:, 0]).mean()) / (self.levels.shape[1] - 1)
 
     def value(self) -> Tensor:
         """The weight that the codes stand for."""
@@ -106,9 +119,7 @@ class Student:
     def groups(self, rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups; `rate` is in codes of up to four bits a step."""
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
-        groups: list[dict[str, Any]] = [
-            {"params": [w.latent], "lr": rate * max(1.0, (w.layer.high + 1) / FOUR_BITS)} for w in self.weights
-        ]
+        groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * w.gap} for w in self.weights]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
         groups.append({"params": list(self.factors.values()), "lr": rate * STEP_RATE})
         groups.append({"params": [s.move for s in shifts], "lr": rate * SHIFT_RATE})

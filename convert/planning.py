@@ -1,7 +1,8 @@
 """From recipe, profile and model to a plan: what is quantized and how, and why."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 
@@ -16,6 +17,8 @@ Family = Literal["cnn", "transformer", "other"]
 # An artifact of `auto` whose simulation falls below this against float gets layers back in float until it does not.
 # 20 dB is a cosine of 0.995; the drift of int8 that works is 25 dB and more.
 AUTO_FLOOR_DB = 20.0
+# LiteRT has no tables: levels of a row are codes of 4 bits there, elsewhere indices of 2 bits into finer ones.
+LARGEST_LEVEL = {"litert": 7}
 STEP_OF = {"int8": "quantize_static", "int8-dynamic": "quantize_dynamic", "int8-weights": "quantize_weights"}
 
 
@@ -93,7 +96,7 @@ def planned(
         dynamic_kinds=frozenset(rules.dynamic_ops),
         weight=chosen.weight,
         formats={**_tables(graph, chosen), **_ends(graph, chosen)},
-        parameters=chosen.parameters,
+        parameters=_told(chosen, steps, rules),
     )
     floor = AUTO_FLOOR_DB if automatic and any(recipes.quantizes(s) for s in steps) else None
     label = f"{recipes.AUTO}: {chosen.name}" if automatic else chosen.name
@@ -104,7 +107,17 @@ def planned(
 def _resolved(steps: tuple[str, ...], rules: TargetRules, sort: Family) -> tuple[str, ...]:
     """The steps with the stand-in `quantize` replaced by what the profile picks for this kind of network."""
     picked = STEP_OF.get(getattr(rules.recipe, sort), "quantize_weights")
+    if "binarize" in steps and rules.runtime == "coreml":  # its int8 kernels read int8 codes alone, no palettes
+        picked = "quantize_weights"
     return tuple(picked if s == recipes.QUANTIZE else s for s in steps)
+
+
+def _told(chosen: recipes.Recipe, steps: tuple[str, ...], rules: TargetRules) -> dict[str, Mapping[str, Any]]:
+    """What the recipe tells its steps, and what the runtime's storage tells the one that binarizes."""
+    largest = LARGEST_LEVEL.get(rules.runtime)
+    if "binarize" not in steps or largest is None:
+        return chosen.parameters
+    return {**chosen.parameters, "binarize": {"largest": largest, **chosen.parameters.get("binarize", {})}}
 
 
 def _ends(graph: GraphModule, chosen: recipes.Recipe) -> dict[str, WeightFormat]:
@@ -153,6 +166,9 @@ def _refuse_impossible(
             f"{where} has no kernels for 16-bit activations. Use --target tflite, or --recipe int8-weights, which "
             "keeps activations in float."
         )
+    if "binarize" in steps and rules.runtime in ("tensorrt", "edgetpu"):
+        small = "4-bit weights: use --recipe w4" if rules.runtime == "tensorrt" else "int8: use --recipe int8"
+        raise TightfitError(f"{where} has no weights of one or two bits. The smallest it runs is {small}.")
     if kind_ == "palette" and rules.target != "coreml":
         raise TightfitError(f"{where} has no palettes, a Core ML format. Use --recipe w4 for 4-bit weights.")
     if kind_.startswith("float8") and not (profile.accelerator and profile.accelerator.fp8):

@@ -51,7 +51,8 @@ def _table(op: Any) -> Stored:
     bits, blocks = int(math.log2(table.shape[-2])), table.shape[:-2]
     if all(count == 1 for count in blocks):
         return Stored(f"{bits}-bit palette", "iOS18" if bits == 3 else "iOS16")
-    return Stored(f"int{bits} weights{_groups(indices.shape, blocks)}", "iOS18")
+    kind = "1-bit weights" if bits == 1 else f"int{bits} weights"
+    return Stored(f"{kind}{_groups(indices.shape, blocks)}", "iOS18")
 
 
 def _groups(shape: tuple[int, ...], blocks: tuple[int, ...]) -> str:

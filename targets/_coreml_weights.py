@@ -2,7 +2,9 @@
 
 Core ML has codes of 4 and 8 bits with one scale per block (constexpr_blockwise_shift_scale) and tables with indices of
 1, 2, 3, 4, 6 or 8 bits (constexpr_lut_to_dense). Codes of other widths become a table of their multiples of the scale,
-one per block: the same numbers, as long as the tables cost less than the bits they save.
+one per block: the same numbers, as long as the tables cost less than the bits they save. Rows that use two or four
+of their codes only become indices of 1 or 2 bits into a table of their own: signs with a scale per channel are exactly
+the palette {-a, a}.
 """
 
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from calibrate import qdq
 from calibrate.graph import add_constant, constant, is_constant, layer_name
+from calibrate.levels import alphabet
 
 from .errors import TargetError
 
@@ -50,7 +53,7 @@ def system_of(module: GraphModule, node: Node) -> str:
     if node.target is qdq.DEQUANTIZE_GROUP:
         return "iOS18"
     if node.target is qdq.DEQUANTIZE_CHANNEL:
-        return "iOS16" if _bits(node) > 4 else "iOS18"
+        return "iOS16" if _bits(node) > 4 and _levels(module, node) is None else "iOS18"
     return "iOS15"
 
 
@@ -69,27 +72,33 @@ def refuse(module: GraphModule, node: Node) -> None:
 
 
 def mark_weights(module: GraphModule, half: bool) -> None:
-    """Rewrite codes of up to 4 bits, or with groups, to `packed_weight` in the form that takes the least room; the
-    others stay for constexpr_affine_dequantize."""
+    """Rewrite codes of up to 4 bits, of few levels, or with groups, to `packed_weight` in the form that takes the least
+    room; the others stay for constexpr_affine_dequantize."""
     for node in list(module.graph.nodes):
         grouped = node.target is qdq.DEQUANTIZE_GROUP
-        if not grouped and (node.target is not qdq.DEQUANTIZE_CHANNEL or _bits(node) > 4):
+        if not grouped and node.target is not qdq.DEQUANTIZE_CHANNEL:
+            continue
+        levels = None if grouped else _levels(module, node)
+        if not grouped and _bits(node) > 4 and levels is None:
             continue
         codes, scales = node.args[:2]
         if not (is_constant(codes) and is_constant(scales)):
             raise TargetError(f"the codes of '{layer_name(node)}' are computed, and Core ML unpacks only constants")
-        bits = _bits(node)
+        bits = _bits(node) if levels is None else levels.shape[1].bit_length() - 1
         steps = constant(module, scales)
         if half:  # as constexpr_blockwise_shift_scale keeps them: a table of their multiples must not round otherwise
             scales = add_constant(module, "half_scales", steps.half().float(), node)
-        width = cheapest(constant(module, codes), steps, bits, half)
+        width = cheapest(constant(module, codes), steps, bits, half, _bits(node))
         node.target, node.args, node.kwargs = PACKED_WEIGHT, (codes, scales, bits, width), {}
 
 
-def cheapest(codes: Tensor, scales: Tensor, bits: int, half: bool) -> Width:
-    """The width that stores these codes in the fewest bytes; `half`: scales and tables hold float16 numbers."""
+def cheapest(codes: Tensor, scales: Tensor, bits: int, half: bool, plainly: int | None = None) -> Width:
+    """The width that stores these codes in the fewest bytes; `half`: scales and tables hold float16 numbers.
+
+    `bits` of an index into a table, `plainly` of a code where that differs.
+    """
     number = 16 if half else 32
-    wide: Width = 4 if bits <= 4 else 8
+    wide: Width = 4 if (plainly or bits) <= 4 else 8
     plain = codes.numel() * wide + scales.numel() * number
     table = codes.numel() * bits + scales.numel() * number * 2**bits
     return TABLE if bits in TABLE_BITS and table < plain else wide
@@ -121,10 +130,16 @@ def _packed(mil: Any, codes: np.ndarray, scales: np.ndarray, bits: int, width: i
     blocks = _blocks(torch.from_numpy(codes), torch.from_numpy(scales)).numpy()
     if width != TABLE:
         return mil.constexpr_blockwise_shift_scale(data=_typed(codes, f"int{width}"), scale=blocks, name=name)
-    low = -(2 ** (bits - 1))
-    levels = np.arange(low, low + 2**bits, dtype=np.float32)
+    own = alphabet(torch.from_numpy(codes)) if scales.ndim == 1 else None
+    if own is not None and own.shape[1] <= 2**bits:
+        levels = own.numpy().astype(np.float32).reshape(len(codes), *[1] * (codes.ndim - 1), -1)
+        rows = codes.reshape(len(codes), -1)
+        indices = (rows[:, :, None] == own.numpy()[:, None, :]).argmax(2).reshape(codes.shape)
+    else:
+        low = -(2 ** (bits - 1))
+        levels, indices = np.arange(low, low + 2**bits, dtype=np.float32), codes - low
     tables = (blocks[..., None] * levels)[..., None]
-    return mil.constexpr_lut_to_dense(indices=_typed(codes - low, f"uint{bits}"), lut=tables, name=name)
+    return mil.constexpr_lut_to_dense(indices=_typed(indices, f"uint{bits}"), lut=tables, name=name)
 
 
 def _lookup(mil: Any, indices: np.ndarray, table: np.ndarray, name: str) -> Any:
@@ -155,6 +170,12 @@ def _typed(values: np.ndarray, mil_type: str) -> np.ndarray:
 def _blocks(codes: Tensor, scales: Tensor) -> Tensor:
     """Scales with the rank of the codes: [out, 1, ...] or [out, groups]."""
     return scales if scales.dim() == codes.dim() == 2 else scales.view(-1, *[1] * (codes.dim() - 1))
+
+
+def _levels(module: GraphModule, node: Node) -> Tensor | None:
+    """The codes that each row uses, int8 [out, 2 or 4], where they are so few."""
+    codes = node.args[0]
+    return alphabet(constant(module, codes)) if isinstance(codes, Node) and is_constant(codes) else None
 
 
 def _bits(node: Node) -> int:

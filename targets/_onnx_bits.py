@@ -33,13 +33,15 @@ LARGEST_BLOCK = 1 << 14
 
 
 def stored_bits(graph: GraphModule) -> Bits:
-    """{layer, as ONNX nodes are marked with it: bits of its weight codes in the file, 2, 4 or 8}."""
+    """{layer, as ONNX nodes are marked with it: bits of its weight codes in the file, 2, 4 or 8; 1 for codes of -1 to
+    1, for which there is no type}."""
     found: Bits = {}
     for node in graph.graph.nodes:
         bits = qdq.code_bits(node)
         if bits is not None:
             name = layer_name(node)
-            found[name] = max(found.get(name, 0), 8 if bits > 4 else 4 if bits > 2 else 2)
+            few = 1 if qdq.code_range(node) == (-1, 1) else 8 if bits > 4 else 4 if bits > 2 else 2
+            found[name] = max(found.get(name, 0), few)
     return found
 
 
@@ -65,7 +67,7 @@ def codes_are_stored_in_their_bits(model: ir.Model, bits: Bits, runtime: str) ->
             continue
         for index, codes in list(enumerate(node.inputs)):
             array = constant(codes)
-            if codes is None or array is None or array.dtype != np.int8 or not _is_weight(node, index):
+            if codes is None or array is None or array.dtype != np.int8 or not is_weight(node, index):
                 continue
             direct = runtime == "tensorrt" or node.op_type == "Cast"
             if runtime == "tensorrt" and count == 2:
@@ -78,7 +80,8 @@ def codes_are_stored_in_their_bits(model: ir.Model, bits: Bits, runtime: str) ->
                 node.resize_inputs(2)  # a zero point of zeros, in a type that is no longer the codes'
 
 
-def _is_weight(node: ir.Node, index: int) -> bool:
+def is_weight(node: ir.Node, index: int) -> bool:
+    """Whether this input of a node may be a weight's codes."""
     if node.op_type in ("MatMulInteger", "ConvInteger"):
         return index == 1
     return index == 0 and node.op_type in ("DequantizeLinear", "Cast", "Gather")

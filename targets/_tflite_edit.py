@@ -22,6 +22,8 @@ from .errors import TargetError
 
 # Operators with a kernel for float activations times int8 weights, the axis of the weight's channels, the version.
 _HYBRID = {"FULLY_CONNECTED": (0, 12), "CONV_2D": (0, 8), "DEPTHWISE_CONV_2D": (3, 7)}
+# The least bits that their kernels compute rightly with (LiteRT 2.3: NaN from a CONV_2D of 2-bit weights).
+_LEAST_BITS = {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 8}
 _LOOKUP = 4
 _DEQUANTIZE_INT8, _DEQUANTIZE_SMALL, _DEQUANTIZE_HALF = 5, 6, 3
 # Below so many rows the built-in FULLY_CONNECTED reads the dequantized weight once, where XNNPACK would pack it anew.
@@ -188,7 +190,8 @@ def _codes(
 def _make_hybrid(file: TFLiteFile, op: Any, tensor: int, weight: PackedWeight, layout: tuple[int, ...]) -> None:
     name = file.operator(op)
     channel_axis, version = _HYBRID[name]
-    op.inputs[1] = _add_codes(file, tensor, weight, layout, channel_axis, whole=name == "DEPTHWISE_CONV_2D")
+    least = _LEAST_BITS.get(name, 2)
+    op.inputs[1] = _add_codes(file, tensor, weight, layout, channel_axis, least)
     op.opcodeIndex = file.code(name, version)
     if hasattr(op.builtinOptions, "asymmetricQuantizeInputs"):
         op.builtinOptions.asymmetricQuantizeInputs = True
@@ -210,9 +213,9 @@ def _add_codes(
     weight: PackedWeight,
     layout: tuple[int, ...],
     preferred: int = 0,
-    whole: bool = False,
+    least: int = 2,
 ) -> int:
-    """The codes in the file's layout, as small as there are kernels for; `whole`: a byte each."""
+    """The codes in the file's layout, as small as there are kernels for, `least` bits each."""
     assert weight.codes is not None
     assert weight.scales is not None
     shape = file.shape(tensor)
@@ -224,7 +227,7 @@ def _add_codes(
         dtype = storage(weight.bits, shape[1], grouped=True)
         return add_codes(file, file.name(tensor), weight.codes, weight.scales, dtype)
     codes, axis = _codes(weight, layout, shape, preferred)
-    dtype = "INT8" if whole else storage(weight.bits, codes.size // len(weight.scales))
+    dtype = storage(max(weight.bits, least), codes.size // len(weight.scales))
     return add_codes(file, file.name(tensor), codes, weight.scales, dtype, axis)
 
 
@@ -239,7 +242,7 @@ def _store_small(
         return _store_groups(file, head, tensor, weight, layout)
     # XNNPACK unpacks constants of 8 bits when it loads them; fewer bits need an operator that takes computed weights.
     whole = file.operator(op) == "DEPTHWISE_CONV_2D" or (file.operator(op) == "CONV_2D" and not fits(file, op))
-    small = _add_codes(file, tensor, weight, layout, whole=whole)
+    small = _add_codes(file, tensor, weight, layout, least=8 if whole else 2)
     wide = file.add_tensor(f"{file.name(tensor)};float", "FLOAT32", file.shape(tensor))
     version = _DEQUANTIZE_INT8 if file.dtype(small) == "INT8" else _DEQUANTIZE_SMALL
     head.append(file.make_operator("DEQUANTIZE", version, [small], [wide]))

@@ -6,11 +6,12 @@ What LiteRT 2.3 computes with (each found by running it, codes and scales compar
 |---|---|---|---|---|
 | FULLY_CONNECTED | XNNPACK | XNNPACK, even inputs | XNNPACK, inputs in fours | dynamic, INT4, in 32s |
 | CONV_2D static | XNNPACK | built-in: half as fast | none | none |
-| CONV_2D dynamic | XNNPACK | built-in: half as fast | built-in | none |
+| CONV_2D dynamic | XNNPACK | built-in: half as fast | built-in: gives NaN | none |
 | EMBEDDING_LOOKUP | built-in | built-in | built-in | INT4 and INT2 |
 | DEQUANTIZE, run once | unpacked by XNNPACK | built-in | built-in | reads them wrongly |
 
-So codes of 3 bits take 4, of 5 to 7 take 8, and groups of 2-bit codes take 4 in a linear layer.
+So codes of 3 bits take 4, of 5 to 7 take 8, and 2-bit codes take 4 in groups of a linear layer and in a
+convolution that quantizes its input at run time.
 """
 
 from typing import Any

@@ -20,7 +20,8 @@ c = z_y - (r_a z_a + r_b z_b); quantize, round(x / s) + z; ties to even, then sa
 of 7 bits and fewer can't overflow.
 
 Weights of 4 and 2 bits raise the file's opset to 21 and 25, 16-bit activations to 21, 8-bit floats to 19, whatever the
-profile says: no older opset has the types. See `_onnx_bits`.
+profile says: no older opset has the types. See `_onnx_bits`; for weights of two to four levels, which need no newer
+opset, `_onnx_levels`.
 """
 
 from pathlib import Path
@@ -78,6 +79,7 @@ def build(job: Job) -> "ir.Model":
     from ._onnx_export import export
     from ._onnx_fusions import sums_stay_beside_their_norms
     from ._onnx_half import in_float16
+    from ._onnx_levels import few_levels_are_looked_up
     from ._onnx_opset import at_opset, check
 
     runtime, bits = job.rules.runtime, few.stored_bits(job.graph)
@@ -98,6 +100,7 @@ def build(job: Job) -> "ir.Model":
     if runtime != "tensorrt":
         few.tables_are_looked_up_as_codes(model, bits)
         few.lone_weight_codes_are_multiplied(model, bits)
+        few_levels_are_looked_up(model, bits)
     few.codes_are_stored_in_their_bits(model, bits, runtime)
     passes.constants_are_read(model)
     passes.nodes_bear_layer_names(model)

@@ -63,7 +63,7 @@ class Reconstruct:
         if wish["unit"] not in ("layer", "block"):
             raise CalibrationError(f'reconstruct takes unit = "layer" or "block", not "{wish["unit"]}"')
         units = (block_units if wish["unit"] == "block" else layer_units)(reference, graph)
-        if not any(layer.bits <= wish["max_bits"] for u in units for layer in u.layers):
+        if not any(_few(graph, layer, wish["max_bits"]) for u in units for layer in u.layers):
             return [Entry(NAME, "model", "left alone", f"no layer has weights of {wish['max_bits']} bits or fewer")]
         samples = Samples.of(graph, context, wish["samples"])
         if samples is None:
@@ -123,7 +123,7 @@ class _Work:
 
     def _wanted(self, unit: Unit) -> list[CodedLayer]:
         """The layers of few enough bits."""
-        return [x for x in unit.layers if x.bits <= self.context.parameters["max_bits"]]
+        return [x for x in unit.layers if _few(self.graph, x, self.context.parameters["max_bits"])]
 
     def _reconstruct(self, data: UnitData, layers: list[CodedLayer], seconds: float) -> None:
         graph, plan = self.graph, self.context.plan
@@ -201,6 +201,11 @@ class _Work:
 
     def _say(self, layers: Iterable[CodedLayer], action: str, reason: str) -> None:
         self.ledger += [Entry(NAME, layer.name, action, reason) for layer in layers]
+
+
+def _few(graph: GraphModule, layer: CodedLayer, most: int) -> bool:
+    """Whether a weight takes so few bits: its codes do, or its rows have two to four levels."""
+    return layer.bits <= most or (most >= 2 and layer.levels(graph) is not None)
 
 
 def _work(unit: Unit) -> int:

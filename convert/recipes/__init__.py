@@ -79,6 +79,11 @@ def load(text: str) -> Recipe:
     formats = {part.weight for part in parts if part.weight != WeightFormat()}
     if len(formats) > 1:
         raise TightfitError(f"recipe '{text}' asks for weights in two formats at once; name one of them")
+    binarizing = [part.name for part in parts if "binarize" in part.steps]
+    if len(binarizing) > 1:
+        raise TightfitError(
+            f"recipe '{text}' binarizes the same layers twice ({', '.join(binarizing)}); name one of them"
+        )
     pruning = [part.name for part in parts if part.tokens]
     if len(pruning) > 1:
         raise TightfitError(f"recipe '{text}' removes tokens twice ({', '.join(pruning)}); name one of them")
