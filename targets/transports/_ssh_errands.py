@@ -215,6 +215,7 @@ class Command:
         process.wait()  # without a limit: one would wake twenty times a second, beside what is timed
         limit.cancel()
         ended = end_all(process.pid)
+        limit.join()  # where it ends processes too it must be done: the next command's would be among them
         for reader in readers:
             reader.join(None if ended else 5)  # what does not die may hold its pipes open for ever
         self.leader = None
