@@ -23,6 +23,7 @@ from convert.results import accuracy_of, drift_of, match_of, reason_of
 from convert.token_picture import token_facts
 from convert.token_stage import meets_budget, with_fewer_tokens, within_budget
 from device_profiles import DeviceProfile
+from targets._resident import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     result = _result(
         run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
     )
+    result = result.model_copy(update={"resident": _resident(run, target_name, session, path, lowered.twin)})
     result = _with_estimate(result, run, lowered.job, placement, profile)
     _manifest(run, home, result, path, kept_twin)
     run.builder.forget_trials(made.decision.plan.steps)
@@ -259,6 +261,15 @@ def _latency(
         slower = again.surely_slower and (again.stable or slower)
         found = again
     return found, None, slower
+
+
+def _resident(run: Run, target_name: str, session: targets.Session, path: Path, twin: Path) -> schema.Resident | None:
+    """What artifact and float twin keep in memory; None where no runtime for devices runs them here."""
+    if not session.measures_latency:
+        return None
+    run.progress.advance(0, None, "measure memory")
+    found = resident_bytes(target_name, (path, twin), run.options.threads)
+    return None if found is None else schema.Resident(bytes=found[0], float_bytes=found[1])
 
 
 def _result(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from convert.report import words
 from convert.report.runs import DeviceRun
 from convert.report.schema import Report, Result
+from convert.results import JUMP_DB, QUIET_DB
 
 # Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
 BROKEN_DB = 10.0
@@ -40,9 +41,20 @@ def _of_result(result: Result) -> Iterator[str]:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
     for run in result.runs:
         yield from _of_run(subject, run)
+        yield from _kernels_of(result, run)
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."
+
+
+def _kernels_of(result: Result, run: DeviceRun) -> Iterator[str]:
+    """Where the kernels at an address compute something else than those here."""
+    here, there = result.drift.artifact.sqnr_db, run.drift.sqnr_db if run.drift is not None else None
+    if here is not None and there is not None and there < min(here, QUIET_DB) - JUMP_DB:
+        yield (
+            f"{result.subject}: on {run.on} it drifts to {there:.1f} dB against float, here {here:.1f} dB: the "
+            "kernels there compute something else, such as sums of 8-bit products that saturate. Trust the former."
+        )
 
 
 def _of_run(subject: str, run: DeviceRun) -> Iterator[str]:

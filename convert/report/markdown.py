@@ -48,7 +48,7 @@ def _result_row(r: Result) -> str:
         plain(r.recipe),
         words.sqnr(r.drift.artifact),
         accuracy,
-        f"{words.size(r.bytes)} ({r.bytes / r.float_bytes:.2f})",
+        f"{words.size(r.bytes)} ({r.bytes / r.float_bytes:.2f}){words.memory(r)}",
         words.speed(r.latency),
         f"{facts.int8_ops} / {facts.float_ops} / {len(facts.fallbacks)}",
         words.match(r),

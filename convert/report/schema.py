@@ -197,6 +197,16 @@ class TokenFacts(Part):
     samples: tuple[TokenSample, ...] = ()
 
 
+class Resident(Part):
+    """Memory that a model keeps: what a further session of it adds to a process, loaded and run once, activations too.
+
+    Measured here, in a process of its own, with this machine's runtime.
+    """
+
+    bytes: int = Field(ge=0, description="Of the artifact.")
+    float_bytes: int = Field(ge=0, description="Of its float twin.")
+
+
 class Result(Part):
     """One artifact: one device, one target."""
 
@@ -205,6 +215,9 @@ class Result(Part):
     artifact: str = Field(description="Path of the artifact, relative to the report.")
     bytes: int = Field(ge=1, description="Size on disk of the artifact.")
     float_bytes: int = Field(ge=1, description="Size on disk of the float twin of the same format.")
+    resident: Resident | None = Field(
+        default=None, description="Memory here; null where no runtime of its kind runs in this process' system."
+    )
     recipe: str
     recipe_reason: str = Field(description="Why this recipe: asked for, or the profile's reason.")
     executor: str = Field(description="What ran the artifact here, with its version.")

@@ -20,6 +20,11 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{three_digits(value)} {unit}"
 
 
+def memory(result: Result) -> str:
+    """What the artifact keeps in memory, for a table's cell: ", RAM 1.2 MB"; nothing where it was not measured."""
+    return "" if result.resident is None else f", RAM {size(result.resident.bytes)}"
+
+
 def milliseconds(value: float) -> str:
     """A time with three digits: "0.642 ms"; microseconds under a hundredth of a millisecond."""
     return f"{three_digits(value * 1000)} µs" if value < 0.01 else f"{three_digits(value)} ms"
