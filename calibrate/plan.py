@@ -47,7 +47,8 @@ class Plan:
     `residual_add` is "both" (an add reads two quantized tensors), "skip" (only the skip branch is quantized, the other
     stays inside the convolution's kernel) or "none". `half_scales`: scales are float16 numbers, for runtimes that keep
     them so. `keep_float` maps layer names to the reason they stay float. `weight` is how weights
-    are stored, `formats` where a layer differs; `parameters` maps a step's name to what the recipe set for it.
+    are stored, `formats` where a layer differs; `levels` maps the layers that a mixed plan binarizes to their binarizers,
+    None where the step binarize decides by itself; `parameters` maps a step's name to what the recipe set for it.
     """
 
     steps: tuple[str, ...]
@@ -68,6 +69,7 @@ class Plan:
     observers: tuple[str, ...] = ("minmax", "percentile", "mse", "sweep")
     weight: WeightFormat = WeightFormat()
     formats: dict[str, WeightFormat] = field(default_factory=dict)
+    levels: dict[str, str] | None = None
     parameters: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def format_of(self, layer: str) -> WeightFormat:

@@ -209,7 +209,7 @@ def _row(result: "Result", labelled: bool) -> list[str]:
     ]
 
 
-def _memory(result: Result) -> str:
+def _memory(result: "Result") -> str:
     """What the two keep in memory, where it was measured."""
     found = result.resident
     return "" if found is None else f"\n[dim]RAM {_sizes(found.float_bytes, found.bytes)}[/dim]"

@@ -13,10 +13,11 @@ from calibrate.plan import Entry
 from convert import recipes
 from convert.compress import Builder, Compressed
 from convert.errors import TightfitError
-from convert.mixed_table import CHOSEN, FLOAT, Table, build_table, form_of, solve
-from convert.planning import Decision, keeping_float, with_formats
+from convert.mixed_table import CHOSEN, EIGHT, FLOAT, LEVELS, Table, build_table, form_of, solve
+from convert.planning import Decision, keeping_float, with_formats, with_levels
 
 MIB = 2**20
+TOLD = {FLOAT: "float", "sign": "1 bit", "planes": "two planes"}
 # Plans between the smallest and the largest that are built and judged when no budget is given.
 SWEEP = 6
 # How often a plan is measured and its budget of estimated time corrected.
@@ -64,16 +65,19 @@ def search(
 
 def _built(builder: Builder, decision: Decision, table: Table, choice: np.ndarray) -> tuple[float, Compressed]:
     """The whole plan of a choice, and its simulated SQNR in dB."""
-    floats, formats = {}, {}
+    floats, formats, levels = {}, {}, {}
     labels = {}
-    for layer, column in zip(table.layers, choice, strict=True):
-        option = labels[layer] = table.options[column]
+    for row, (layer, column) in enumerate(zip(table.layers, choice, strict=True)):
+        allowed = np.isfinite(table.bytes[row, column])
+        option = labels[layer] = table.options[column] if allowed else EIGHT  # a uniform plan of few levels has some
         if option == FLOAT:
             floats[layer] = CHOSEN
+        elif option in LEVELS:
+            levels[layer] = option
         else:
             formats[layer] = form_of(decision, option)
             labels[layer] = formats[layer].label.split(",")[0]
-    made = builder.build(with_formats(keeping_float(decision, floats), formats))
+    made = builder.build(with_levels(with_formats(keeping_float(decision, floats), formats), levels))
     score = builder.score(made)
     entries = tuple(
         Entry("mixed", layer, labels[layer], f"alone it costs {table.scores[r, c]:+.2g} of output loss against 8 bits")
@@ -84,7 +88,7 @@ def _built(builder: Builder, decision: Decision, table: Table, choice: np.ndarra
 
 def _tally(table: Table, choice: np.ndarray) -> str:
     counts = [(name, int((choice == i).sum())) for i, name in enumerate(table.options)]
-    return ", ".join(f"{n} layers in {'float' if o == FLOAT else f'{o} bits'}" for o, n in counts if n)
+    return ", ".join(f"{n} layers in {TOLD.get(o, f'{o} bits')}" for o, n in counts if n)
 
 
 def _within(builder: Builder, decision: Decision, table: Table, budgets: Budgets, trial: Try) -> Compressed:
@@ -190,7 +194,7 @@ def _times(builder: Builder, decision: Decision, table: Table, trial: Try) -> np
 
 def _smallest(builder: Builder, decision: Decision, table: Table, goal_db: float) -> Compressed:
     """Sweep from the smallest plan up, each judged whole, and take the first that holds the goal."""
-    totals, eight = table.bytes.sum(0), table.options.index("8")
+    totals, eight = table.bytes.sum(0), table.options.index(EIGHT)
     limits = [*np.geomspace(table.bytes.min(1).sum(), totals[eight], SWEEP), *totals[eight + 1 :]]
     best = None
     for count, limit in enumerate(limits):

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from calibrate import steps as known
+from calibrate.binarize import binarize
+from calibrate.binarized_codes import stored
 from calibrate.coded import coded
 from calibrate.graph import (
     add_constant,
@@ -27,6 +29,7 @@ from calibrate.graph import (
     run,
 )
 from calibrate.plan import HALF, WeightFormat
+from calibrate.steps.binarize import SHORTEST_ROW
 from calibrate.weights import fits_half, fitted_scales, spread, weight_codes, weight_index
 from convert.automatic import quantized_layers
 from convert.compress import Builder
@@ -35,7 +38,9 @@ from convert.drift import classifies
 from convert.errors import TightfitError
 from convert.planning import Decision, keeping_float, weighted_layers
 
-FLOAT = "float"
+FLOAT, EIGHT = "float", "8"
+# Binarizers that a layer may get, and the bits per weight that its file takes.
+LEVELS = {"sign": 1, "planes": 2}
 CHOSEN = "chosen by mixed precision: in codes it costs more than its share of the budget brings"
 # What a runtime does not take: TensorRT has no weights of 2 bits; what the Edge TPU's compiler makes of float16
 # constants is not known.
@@ -46,8 +51,8 @@ LACKS = {"tensorrt": "2", "edgetpu": "16"}
 class Table:
     """One row per layer, one column per option: `scores` (loss of the output), `bytes`, and each layer's `macs`.
 
-    Options are bits, "2" to "16", and "float"; the smallest comes first. "16" are float16 weights before float
-    arithmetic.
+    Options are bits, "2" to "16", binarizers, and "float"; the smallest comes first. "16" are float16 weights before
+    float arithmetic. What a layer can't have takes infinitely many bytes.
     """
 
     layers: tuple[str, ...]
@@ -64,8 +69,10 @@ def options(decision: Decision) -> tuple[str, ...]:
     Two bits are for weights alone: activations add their own. Where the artifact computes in float16, a float layer is
     one of 16 bits.
     """
-    names = ["4", "8", "16"]
-    if "quantize_weights" in decision.plan.steps:
+    names = ["4", EIGHT, "16"]
+    if "binarize" in decision.plan.steps:  # in TFLite two planes take the room of 4 bits, which err less
+        names = [*(n for n in LEVELS if n == "sign" or decision.rules.target != "tflite"), *names]
+    elif "quantize_weights" in decision.plan.steps:
         names.insert(0, "2")
     if decision.compute != "float16":
         names.append(FLOAT)
@@ -93,14 +100,21 @@ def build_table(builder: Builder, decision: Decision) -> Table:
     weights = _weights(before)
     loss = Loss(builder)
     start, columns = loss(base.graph), options(decision)
+    ends = weighted_layers(builder.captured.graph)
+    wide = {ends[0], ends[-1]} | set(weighted_layers(builder.captured.graph, tables=True)) - set(ends)
     scores, sizes = np.zeros((len(layers), len(columns))), np.zeros((len(layers), len(columns)))
     for row, layer in enumerate(layers):
         weight = weights[layer]
         unquantized = builder.build(keeping_float(plain, {layer: CHOSEN})).graph
         for column, option in enumerate(columns):
+            if option in LEVELS:
+                sizes[row, column] = _few_bytes(weight, option, decision) if layer not in wide else np.inf
+                if np.isfinite(sizes[row, column]):
+                    scores[row, column] = loss(_with_levels(base.graph, decision, layer, weight, option)) - start
+                continue
             form = None if option == FLOAT else form_of(decision, option)
             sizes[row, column] = stored_bytes(weight, form, _scale_bytes(decision, form))
-            if option != "8":
+            if option != EIGHT:
                 graph = unquantized if form in (None, HALF) else base.graph
                 made = graph if form is None else _with_format(graph, decision, layer, weight, form)
                 scores[row, column] = loss(made) - start
@@ -157,18 +171,44 @@ def stored_bytes(weight: Tensor, form: WeightFormat | None, scale: int = 4) -> f
 
 def _with_format(graph: GraphModule, decision: Decision, layer: str, weight: Tensor, form: WeightFormat) -> GraphModule:
     """A copy of a graph with one layer's weight rounded to another format: of codes where the layer is quantized."""
-    copy = clone(graph)
     if form == HALF:
-        rounded = weight.half().float() if fits_half(weight) else weight
-    else:
-        scales = fitted_scales(weight, decision.plan, form)
-        codes = weight_codes(weight, scales, *decision.plan.code_range(form.bits))
-        rounded = (codes.double() * spread(scales.double(), weight.shape)).float()
+        return _with_weight(graph, layer, weight.half().float() if fits_half(weight) else weight)
+    scales = fitted_scales(weight, decision.plan, form)
+    return _with_codes(graph, layer, weight_codes(weight, scales, *decision.plan.code_range(form.bits)), scales)
+
+
+def _few_bytes(weight: Tensor, option: str, decision: Decision) -> float:
+    """What a weight of few levels takes; infinite where rows are too short for them."""
+    if weight[0].numel() < SHORTEST_ROW:
+        return np.inf
+    bits = 2 if decision.rules.target == "tflite" else LEVELS[option]
+    return weight.numel() * bits / 8 + float(_scale_bytes(decision, None)) * len(weight)
+
+
+def _with_levels(graph: GraphModule, decision: Decision, layer: str, weight: Tensor, option: str) -> GraphModule:
+    """A copy of a graph with one layer's weight at the levels of a binarizer, by its own errors alone."""
+    rows = weight.double().reshape(1, len(weight), -1)
+    h = torch.eye(rows.shape[2], dtype=torch.float64)[None]
+    form = stored(rows, h, binarize(option, rows), decision.plan.weight_max, decision.plan.half_scales)
+    return _with_codes(graph, layer, form.codes.reshape(weight.shape).to(torch.int8), form.scales)
+
+
+def _with_codes(graph: GraphModule, layer: str, codes: Tensor, scales: Tensor) -> GraphModule:
+    """A copy of a graph with one layer's weight as other codes, [out, ...], and scales."""
+    rounded = (codes.double() * spread(scales.double(), codes.shape)).float()
+    return _with_weight(graph, layer, rounded, codes, scales)
+
+
+def _with_weight(
+    graph: GraphModule, layer: str, rounded: Tensor, codes: Tensor | None = None, scales: Tensor | None = None
+) -> GraphModule:
+    """A copy of a graph with another weight in one layer: its codes where it quantizes its input at run time."""
+    copy = clone(graph)
     for node in list(copy.graph.nodes):
         if layer_name(node) != layer or kind(node) not in ("conv", "linear", "embedding"):
             continue
         found = coded(node)
-        if found is not None and found.dynamic:
+        if found is not None and found.dynamic and codes is not None and scales is not None:
             found.set_codes(copy, codes)
             found.set_scales(copy, scales)
         else:
@@ -220,13 +260,17 @@ def solve(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     rows, columns = table.scores.shape
+    allowed = np.isfinite(table.bytes)
+    sizes = np.where(allowed, table.bytes, 0.0)
     constraints = [LinearConstraint(np.kron(np.eye(rows), np.ones(columns)), 1, 1)]
-    constraints += [LinearConstraint(costs_.reshape(1, -1), -np.inf, limit) for costs_, limit in limits]
+    for costs_, limit in limits:
+        constraints.append(LinearConstraint(np.where(allowed, costs_, 0.0).reshape(1, -1), -np.inf, limit))
     for choice in banned:
         cut = np.zeros((rows, columns))
         cut[np.arange(rows), choice] = 1
         constraints.append(LinearConstraint(cut.reshape(1, -1), -np.inf, rows - 1))
     # Among equals the smaller wins.
-    objective = table.scores.reshape(-1) + 1e-9 * table.bytes.reshape(-1) / max(float(table.bytes.max()), 1e-30)
-    found = milp(objective, constraints=constraints, integrality=np.ones(rows * columns), bounds=Bounds(0, 1))
+    objective = table.scores.reshape(-1) + 1e-9 * sizes.reshape(-1) / max(float(sizes.max()), 1e-30)
+    bounds = Bounds(0, allowed.reshape(-1).astype(float))
+    found = milp(objective, constraints=constraints, integrality=np.ones(rows * columns), bounds=bounds)
     return None if found.x is None else np.round(found.x).reshape(rows, columns).argmax(1)

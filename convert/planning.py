@@ -189,3 +189,10 @@ def keeping_float(decision: Decision, layers: dict[str, str]) -> Decision:
 def with_formats(decision: Decision, formats: dict[str, WeightFormat]) -> Decision:
     """The same decision with these layers' weights (name -> format) stored so."""
     return replace(decision, plan=replace(decision.plan, formats={**decision.plan.formats, **formats}))
+
+
+def with_levels(decision: Decision, levels: dict[str, str]) -> Decision:
+    """The same decision with these layers (name -> binarizer) at two to four levels, and no others."""
+    if "binarize" not in decision.plan.steps:
+        return decision
+    return replace(decision, plan=replace(decision.plan, levels=levels))

@@ -164,8 +164,15 @@ class _Work:
         self.done += 1
         self.context.progress(NAME, self.done, len(self.names))
 
+    def _method(self, layer: CodedLayer) -> str:
+        """The binarizer for a layer."""
+        return (self.context.plan.levels or {}).get(layer.name) or str(self.wish["method"])
+
     def _wide(self, layer: CodedLayer) -> str | None:
         """Why the layer keeps the bits it has, before anything is computed."""
+        mixed = self.context.plan.levels
+        if mixed is not None and layer.name not in mixed:
+            return "the mixed plan gives it these"
         if self.wish["ends"] and layer.name in self.ends:
             return "the first and the last layer are small, and errors there cost most"
         if layer.name in self.wish["wide"]:
@@ -187,13 +194,14 @@ class _Work:
             y = made.x @ weight.float().transpose(1, 2)
             y = y if made.offset is None else y + made.offset[:, None].float()
         h = gram(x - x.mean(1, keepdim=True))
+        method = self._method(layer)
         found = binarizers.binarize(
-            wish["method"], weight, h, wish["options"], int(wish["rounds"]), damping=float(wish["damping"])
+            method, weight, h, wish["options"], int(wish["rounds"]), damping=float(wish["damping"])
         )
         if found.grid.columns is not None:
             raise CalibrationError(
-                f"the binarizer {wish['method']} gives columns scales of their own, which no file stores: put the step "
-                f"even_columns before the quantizing step instead, and use {_without(wish['method'])}"
+                f"the binarizer {method} gives columns scales of their own, which no file stores: put the step "
+                f"even_columns before the quantizing step instead, and use {_without(method)}"
             )
         form = stored(weight, h, found, self._largest(), self.context.plan.half_scales)
         bias = (y[:, made.fitted] - x @ form.values.float().transpose(1, 2)).double().mean(1)
@@ -220,7 +228,7 @@ class _Work:
         fresh.set_bias(graph, total, plan.int32_bias)
         told = f"{error:.1%} of its output's power lost on samples kept aside"
         poor = ": more than most networks bear, so train it (reconstruct, finetune)" if error > POOR else ""
-        return Entry(NAME, layer.name, f"{form.count} levels by {self.wish['method']}", told + poor)
+        return Entry(NAME, layer.name, f"{form.count} levels by {self._method(layer)}", told + poor)
 
 
 def _holds(layer: CodedLayer, plan: Plan, scales: Tensor, bias: Tensor) -> bool:

@@ -217,3 +217,22 @@ def test_a_layer_that_8_bits_break_gets_16_where_the_budget_has_room_for_them(
     tight = files.search()  # no room for 16 bits anywhere: the layer keeps its codes, and the output shows it
     assert chosen(tight)["2"] in ("int8", "int4", "int2")
     assert files.builder.score(tight) < files.builder.score(made) - 5
+
+
+def test_with_binarizers_a_smaller_budget_is_met_by_signs_and_planes_where_they_cost_least() -> None:
+    model, data = prepared(cnn(), torch.zeros(2, 3, 12, 12))
+    builder, decision = Builder(model, data), decide(model.graph, load("generic-x86"), "onnx", "mixed-binary")
+    table = build_table(builder, decision)
+    assert table.options == ("sign", "planes", "4", "8", "16", "float")
+    few = table.bytes[:, :2]
+    assert np.isinf(few[[0, -1]]).all(), "the ends stay wide"
+    assert np.isfinite(few[1:-1]).any()
+    assert (table.scores[np.isfinite(few[:, 0]), 0] >= table.scores[np.isfinite(few[:, 0]), 1]).all()
+
+    room = table.bytes.min(1).sum() * 1.05 + table.fixed_bytes
+    made = search(builder, decision, Budgets(mib=room / 2**20), 20.0, lambda made, timed: Trial(int(room), None))
+    chosen = {e.layer: e.action for e in made.ledger if e.step == "mixed"}
+    assert "sign" in chosen.values()
+    binarized = {e.layer for e in made.ledger if e.step == "binarize" and "levels by" in e.action}
+    assert binarized == {layer for layer, action in chosen.items() if action in ("sign", "planes")}
+    assert "1 bit" in made.notes[0]

@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def matmul(path: Path, width: int, *, packed: bool = False) -> Path:
-    """A product with a matrix of width x width: float32, or int8 codes that the runtime casts when it loads the file."""
+    """A product with a matrix of width x width: float32, or int8 codes that the runtime casts on loading."""
     codes = np.random.default_rng(0).integers(-7, 8, (width, width)).astype(np.int8)
     nodes, kept = [], [onnx.numpy_helper.from_array(codes.astype(np.float32), "w")]
     if packed:
