@@ -13,7 +13,7 @@ from calibrate import qdq, signs
 from calibrate.binarize_activations import Fitted
 from calibrate.coded import CodedLayer, coded_layers
 from calibrate.errors import CalibrationError
-from calibrate.graph import constant, finish, layer_name
+from calibrate.graph import constant, finish
 from calibrate.layer_problem import own_bias
 from calibrate.lockstep import Run, refresh
 from calibrate.plan import Entry, Plan
@@ -135,7 +135,7 @@ def _fit(graph: GraphModule, places: list[Signs], context: Context) -> list[Entr
             place = waiting.get(node)
             if place is not None:
                 samples = [run.env[place.source] for run in runs]
-                fitted = method.fit(samples, tuple(constant(graph, place.threshold).shape), options)
+                fitted = method.fit(samples, signs.channels_of(place.source, place.layers[0]), options)
                 again = _store(graph, place, fitted, context.plan)
                 for run in runs:
                     for changed in again:
@@ -188,7 +188,7 @@ def _entry(place: Signs, fitted: Fitted, samples: list[Tensor], method: str) -> 
         error += float((x - made).square().sum(dtype=torch.float64))
         power += float(x.square().sum(dtype=torch.float64))
     names = ", ".join(layer.name for layer in place.layers)
-    lost = f"{error / (power or 1.0):.1%} of the power of {layer_name(place.source)} lost; {WARNING}"
+    lost = f"{error / (power or 1.0):.1%} of the power of its input lost; {WARNING}"
     return Entry(NAME, names, f"inputs are signs by {method}", lost)
 
 
