@@ -31,7 +31,7 @@ def bireal(x: Tensor) -> Tensor:
 
 
 def periodic(x: Tensor, frequency: float) -> Tensor:
-    """sign(sin(w x)) with the gradient of sin(w x) (BiPer, arXiv 2404.01278): it changes again however far x has gone."""
+    """sign(sin(w x)) with the gradient of sin(w x), which never ends for good (BiPer, arXiv 2404.01278)."""
     wave = torch.sin(frequency * x)
     return wave + (sign(wave) - wave).detach()
 

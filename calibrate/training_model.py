@@ -141,7 +141,7 @@ class Student:
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
         factors = [*self.factors.values(), *(s.log for s in self.signs)]
         groups.append({"params": factors, "lr": rate * STEP_RATE})
-        moves = [s.move for s in (*shifts, *self.signs)]
+        moves = [*(s.move for s in shifts), *(s.move for s in self.signs)]
         groups.append({"params": moves, "lr": rate * SHIFT_RATE})
         return [g for g in groups if g["params"]] if self.weights else []
 

@@ -1,7 +1,6 @@
 """Activations of one bit: layers on int8 codes read signs instead, -s or +s around a threshold per channel."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch

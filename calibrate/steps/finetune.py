@@ -31,7 +31,8 @@ class Finetune:
     distance for others, the squared error of the outputs, and `blocks` times that of each block's output; with
     `labels` that weight of the cross entropy besides. For `intervention`, a share of the steps from the first, blocks
     receive the teacher's activation in place of their own (arXiv 2302.11812), less and less often; after learned
-    rounding that did harm, so it is off. `surrogate` is the gradient of signs (`calibrate/surrogates.py`). Zero points stay, and tensors that share a scale go on sharing it.
+    rounding that did harm, so it is off. Zero points stay, and tensors that share a scale go on sharing
+    it. `surrogate` names the gradient of signs (`calibrate/surrogates.py`).
 
     The epoch that did best on held-out samples is kept. All is rolled back where the model's output did not come
     closer to float on them, or with `labels`, where their loss did not fall. Random choices come from the context's

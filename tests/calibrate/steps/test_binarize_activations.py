@@ -156,8 +156,11 @@ def trained() -> GraphModule:
 
 @pytest.mark.parametrize(
     ("target", "device", "adder"),
-    [("onnx", "generic-x86-vnni", "float"), ("tflite", "raspberry-pi-4b", "fixed_point")]
-    + [("c", "generic-riscv64", "fixed_point")],
+    [
+        ("onnx", "generic-x86-vnni", "float"),
+        ("tflite", "raspberry-pi-4b", "fixed_point"),
+        ("c", "generic-riscv64", "fixed_point"),
+    ],
 )
 def test_every_runtime_computes_what_the_simulation_does(target: str, device: str, adder: Any, tmp_path: Path) -> None:
     if target == "tflite":
