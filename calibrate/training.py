@@ -6,7 +6,7 @@ not clipped, and steps learn as in LSQ (arXiv 1902.08153).
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,12 +54,25 @@ class Coins:
         return torch.where(self._drawn[start : start + count].view(x.shape), other, x)
 
 
+class OneBit(Protocol):
+    """Nodes that turn `source` into two values: `inner`, read by nothing else, and the `quantize` behind them."""
+
+    source: Node
+    inner: tuple[Node, ...]
+    quantize: Node
+
+    def value(self, x: Tensor) -> Tensor:
+        """What the quantized value of `x` stands for; differentiable."""
+        ...
+
+
 class Runner:
     """Computes nodes of a quantized graph so that gradients reach what is trained.
 
     `given`: node -> what stands in for its value: a bias or gamma constant, a weight's dequantize node, and for a
     dynamic layer, keyed by the layer itself, its float weight. `steps`: quantize node -> its scale, float32 []. With
-    `drop` a quantizer lets a share of its elements pass as they are (QDrop, arXiv 2203.05740).
+    `drop` a quantizer lets a share of its elements pass as they are (QDrop, arXiv 2203.05740). `bits`: what becomes one
+    bit, and with which gradient; elsewhere a comparison has none.
     """
 
     def __init__(
@@ -68,8 +81,11 @@ class Runner:
         given: Given,
         steps: Given | None = None,
         drop: Coins | None = None,
+        bits: Iterable[OneBit] = (),
     ) -> None:
         self.given, self.steps, self.drop = given, steps or {}, drop
+        self.bits = {b.quantize: b for b in bits}
+        self._skipped = {n for b in self.bits.values() for n in b.inner}
         self._inner = Interpreter(graph, garbage_collect_values=False)
         self._graph = graph
         self.placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -82,7 +98,7 @@ class Runner:
         """Compute `nodes`, in order, into `env`, which holds the values that come from elsewhere."""
         self._inner.env = env
         for node in nodes:
-            if node.op in ("placeholder", "output") or node in env:
+            if node.op in ("placeholder", "output") or node in env or node in self._skipped:
                 continue
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in env:  # a constant that came after `nodes` were listed
@@ -95,6 +111,8 @@ class Runner:
             return self.given[node]()
         if node in self._fixed:
             return self._fixed[node]
+        if node in self.bits:
+            return self.bits[node].value(self._inner.env[self.bits[node].source])
         args, _ = self._inner.fetch_args_kwargs_from_env(node) if node.op == "call_function" else ((), {})
         if node.target is qdq.QUANTIZE:
             return self._quantize(node, args)

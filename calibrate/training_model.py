@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from . import qdq
+from . import qdq, signs
 from .coded import CodedLayer, coded_layers, set_constant
 from .graph import constant, is_constant, kind
 from .levels import to_levels
 from .plan import Plan
 from .ranges import representable
-from .training import LearnedScale, Saved, carrier, stored_scales, straight_round
+from .surrogates import SURROGATES, Surrogate
+from .training import LearnedScale, OneBit, Saved, carrier, stored_scales, straight_round
+from .training_signs import LearnedSigns
 
 # Learning rates relative to that of the weights, which is in codes: the same for all formats of few bits, and more of
 # them where codes are finer than those of four bits.
@@ -29,17 +31,24 @@ class Weight:
 
     It starts in the middle of each code. From where the float weight lies, those near an edge would cross it in the
     first steps, whatever their gradient (Adam's steps have one size), and undo what GPTQ or learned rounding chose.
+    Signs may have another gradient (`surrogate`), and start where that is steep.
     """
 
-    def __init__(self, graph: GraphModule, layer: CodedLayer, plan: Plan) -> None:
+    def __init__(self, graph: GraphModule, layer: CodedLayer, plan: Plan, surrogate: Surrogate) -> None:
         self.layer = layer
         self.levels = layer.levels(graph)
-        self.latent = constant(graph, layer.codes).float().requires_grad_()
+        start = constant(graph, layer.codes).float()
+        signs = self.levels is not None and self.levels.shape[1] == 2
+        self.sign = surrogate.weight if signs else None
+        self.size = self.levels[:, 1].view(-1, *[1] * (start.dim() - 1)) if signs and self.levels is not None else None
+        self.latent = (start * surrogate.start if self.sign is not None else start.clone()).requires_grad_()
         self.scale = LearnedScale(constant(graph, layer.scales), not plan.per_channel, tuple(self.latent.shape))
         self.learns_scale = not plan.format_of(layer.name).power_of_two
 
     def codes(self) -> Tensor:
         """The codes, float32; differentiable."""
+        if self.sign is not None and self.size is not None:
+            return self.size * self.sign(self.latent / self.size)
         if self.levels is not None:
             reach = self.levels.amax(1).view(-1, *[1] * (self.latent.dim() - 1))
             inside = torch.minimum(torch.maximum(self.latent, -reach), reach)
@@ -76,18 +85,22 @@ class Student:
     """What is trained of `graph`, and how it is written back.
 
     Static activation scales that are alike in all their parameters are one parameter, so that tensors which share a
-    scale go on sharing it; what the plan fixes stays.
+    scale go on sharing it; what the plan fixes stays. Signs, of weights and activations, learn by the gradient that
+    `surrogate` names.
     """
 
-    def __init__(self, graph: GraphModule, plan: Plan) -> None:
+    def __init__(self, graph: GraphModule, plan: Plan, surrogate: str = "straight") -> None:
         self.graph, self.plan = graph, plan
-        self.weights = [Weight(graph, x, plan) for x in coded_layers(graph)]
+        gradient = SURROGATES[surrogate]
+        self.weights = [Weight(graph, x, plan, gradient) for x in coded_layers(graph)]
+        self.signs = [LearnedSigns(graph, s, gradient.activation) for s in signs.find(graph)] if self.weights else []
         self.biases: dict[Node, tuple[Node, Shift]] = {}
         for layer in coded_layers(graph):
             if layer.bias is not None:
                 self.biases[layer.node] = layer.bias, Shift(constant(graph, layer.bias))
         self.norms = {n: Shift(constant(graph, n)) for n in _norm_constants(graph)}
-        self.quantizers = _tied_quantizers(graph, plan) if self.weights else {}
+        taken = {s.quantize for s in self.signs}
+        self.quantizers = _tied_quantizers(graph, plan, taken) if self.weights else {}
         self.factors = {key: torch.zeros((), requires_grad=True) for key in self.quantizers}
         self._saved = [Saved.of(graph, w.layer) for w in self.weights]
 
@@ -109,6 +122,11 @@ class Student:
                 found[node] = partial(self._step, key)
         return found
 
+    @property
+    def bits(self) -> list[OneBit]:
+        """What is one bit, with what is trained of it (Runner.bits)."""
+        return list(self.signs)
+
     def _step(self, key: "Key") -> Tensor:
         return key[0] * torch.exp(self.factors[key])
 
@@ -121,8 +139,10 @@ class Student:
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
         groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * w.gap} for w in self.weights]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
-        groups.append({"params": list(self.factors.values()), "lr": rate * STEP_RATE})
-        groups.append({"params": [s.move for s in shifts], "lr": rate * SHIFT_RATE})
+        factors = [*self.factors.values(), *(s.log for s in self.signs)]
+        groups.append({"params": factors, "lr": rate * STEP_RATE})
+        moves = [*(s.move for s in shifts), *(s.move for s in self.signs)]
+        groups.append({"params": moves, "lr": rate * SHIFT_RATE})
         return [g for g in groups if g["params"]] if self.weights else []
 
     def snapshot(self) -> list[Tensor]:
@@ -140,6 +160,8 @@ class Student:
         parts = [f"{len(self.weights)} weights with their scales", f"{len(self.biases)} biases"]
         if self.quantizers:
             parts.append(f"{len(self.quantizers)} activation scales")
+        if self.signs:
+            parts.append(f"{len(self.signs)} signs of activations")
         if self.norms:
             parts.append(f"{len(self.norms)} layer-norm constants")
         return ", ".join(parts)
@@ -150,6 +172,8 @@ class Student:
             for key, nodes in self.quantizers.items():
                 learned = key[0] * math.exp(float(self.factors[key]))
                 _set_scale(nodes, representable(learned, self.plan))
+            for sign in self.signs:
+                sign.store(self.plan)
             for weight in self.weights:
                 weight.layer.set_codes(self.graph, weight.codes())
                 if weight.learns_scale:
@@ -165,6 +189,8 @@ class Student:
         """Put back everything as it was."""
         for key, nodes in self.quantizers.items():
             _set_scale(nodes, key[0])
+        for sign in self.signs:
+            sign.restore()
         for saved in self._saved:
             saved.restore(self.graph)
         for node, shift in self.norms.items():
@@ -184,12 +210,13 @@ def _norm_constants(graph: GraphModule) -> list[Node]:
 Key = tuple[float, int, int, int, torch.dtype]
 
 
-def _tied_quantizers(graph: GraphModule, plan: Plan) -> dict[Key, list[Node]]:
-    """Static quantizers by their parameters; those whose parameters the plan fixes are left out."""
+def _tied_quantizers(graph: GraphModule, plan: Plan, taken: set[Node]) -> dict[Key, list[Node]]:
+    """Static quantizers by their parameters; those whose parameters the plan fixes, and those `taken`, are left out."""
     fixed = {scale for scale, _ in plan.fixed_output.values()}
     groups: dict[Key, list[Node]] = defaultdict(list)
     for node in graph.graph.nodes:
-        if node.target is qdq.QUANTIZE and isinstance(node.args[1], float) and node.args[1] not in fixed:
+        open_ = node.target is qdq.QUANTIZE and node not in taken
+        if open_ and isinstance(node.args[1], float) and node.args[1] not in fixed:
             groups[tuple(node.args[1:6])].append(node)
     return dict(groups)
 

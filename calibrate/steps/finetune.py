@@ -11,6 +11,7 @@ from calibrate.blocks import block_units
 from calibrate.errors import CalibrationError
 from calibrate.plan import Entry
 from calibrate.steps import Context
+from calibrate.surrogates import SURROGATES
 from calibrate.training import Runner
 from calibrate.training_clock import Clock
 from calibrate.training_loss import Lesson, Teaching
@@ -30,7 +31,8 @@ class Finetune:
     distance for others, the squared error of the outputs, and `blocks` times that of each block's output; with
     `labels` that weight of the cross entropy besides. For `intervention`, a share of the steps from the first, blocks
     receive the teacher's activation in place of their own (arXiv 2302.11812), less and less often; after learned
-    rounding that did harm, so it is off. Zero points stay, and tensors that share a scale go on sharing it.
+    rounding that did harm, so it is off. Zero points stay, and tensors that share a scale go on sharing
+    it. `surrogate` names the gradient of signs (`calibrate/surrogates.py`).
 
     The epoch that did best on held-out samples is kept. All is rolled back where the model's output did not come
     closer to float on them, or with `labels`, where their loss did not fall. Random choices come from the context's
@@ -48,6 +50,7 @@ class Finetune:
         "blocks": 1.0,
         "labels": 0.0,
         "intervention": 0.0,
+        "surrogate": "straight",
     }
 
     def apply(self, graph: GraphModule, context: Context) -> list[Entry]:
@@ -56,7 +59,10 @@ class Finetune:
         samples = Samples.of(graph, context, context.parameters["samples"])
         if samples is None:
             return [Entry(NAME, "model", "left alone", TOO_FEW)]
-        student = Student(graph, context.plan)
+        surrogate = context.parameters["surrogate"]
+        if surrogate not in SURROGATES:
+            raise CalibrationError(f"{NAME} has no surrogate {surrogate!r}: use {', '.join(SURROGATES)}")
+        student = Student(graph, context.plan, surrogate)
         if not student.parameters():
             return [Entry(NAME, "model", "left alone", "no layer has a weight in codes to train")]
         if float(context.parameters["labels"]):
@@ -115,7 +121,7 @@ def _train(graph: GraphModule, reference: GraphModule, student: Student, samples
     count = sum(len(b[0]) for b in samples.train)
     per_epoch = math.ceil(count / int(wish["batch"])) if samples.rowwise else len(samples.train)
     lesson = Lesson(
-        Runner(graph, student.given, student.steps),
+        Runner(graph, student.given, student.steps, bits=student.bits),
         Runner(reference, {}),
         [(u.exit, u.float_exit) for u in block_units(reference, graph)[:-1]],
         float(wish["blocks"]),

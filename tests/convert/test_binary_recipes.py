@@ -54,3 +54,22 @@ def test_runtimes_without_such_weights_are_refused_with_the_smallest_they_have(
 def test_two_of_them_cannot_be_joined() -> None:
     with pytest.raises(TightfitError, match="binarizes the same layers twice"):
         recipes.load("binary+ternary")
+
+
+def test_the_recipe_with_signs_for_activations_is_static_everywhere_and_says_what_it_needs(
+    cnn: torch.fx.GraphModule,
+) -> None:
+    for device, target in (("generic-x86-vnni", "onnx"), ("raspberry-pi-5", "tflite"), ("generic-riscv64", "c")):
+        plan = decide(cnn, load(device), target, "binary-full").plan
+        assert plan.steps[-4:] == ("quantize_static", "binarize_activations", "binarize", "finetune")
+    assert "needs recovery" in recipes.load("binary-full").summary
+    with pytest.raises(TightfitError, match="signs would save nothing"):
+        decide(cnn, load("apple-m4"), "coreml", "binary-full")
+
+
+def test_auto_never_tries_signs_for_activations(cnn: torch.fx.GraphModule) -> None:
+    from device_profiles import names
+
+    for device in names():
+        profile = load(device)
+        assert "binarize_activations" not in decide(cnn, profile, profile.default_target, "auto").plan.steps
