@@ -97,7 +97,7 @@ def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> t
 
 
 def _with_tokens(run: Run, lowered: Lowered) -> Lowered:
-    """What was made, with what was done before all steps: bits for embeddings in its ledger, fewer tokens everywhere."""
+    """What was made, with what was done before all steps: bits of embeddings, and the removal of tokens."""
     pruned, made = run.pruned, lowered.made
     if run.embedded is not None:
         made = replace(made, ledger=(*run.embedded.ledger, *made.ledger))

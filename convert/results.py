@@ -11,8 +11,9 @@ from convert.report import schema
 JUMP_DB = 6.0
 # float64 sums of float32 differences resolve no more; above it a stage counts as unchanged when jumps are sought.
 QUIET_DB = 90.0
-# Where rounding decides which of two tokens stays, or a bit, the largest move of one draw may be so many times another's; so may
-# the mean, which one token more or less hardly changes: a lowering that takes other tokens is far beyond both.
+# Where rounding decides which of two tokens stays, or a bit of an embedding, the largest move of one draw may be so
+# many times another's; so may the mean, which one token more or less hardly changes: a lowering that takes other tokens
+# is far beyond both.
 DRAW = 2.0
 
 

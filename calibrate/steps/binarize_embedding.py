@@ -84,7 +84,7 @@ def embedding_output(graph: GraphModule, wanted: int = -1) -> int:
 def outputs(graph: GraphModule) -> list[Node]:
     """The nodes that the graph returns, in order."""
     result = graph.graph.output_node().args[0]
-    return list(result) if isinstance(result, tuple | list) else [result]  # type: ignore[list-item]
+    return list(result) if isinstance(result, tuple | list) else [result]
 
 
 def append(graph: GraphModule, position: int, code: EmbeddingCode) -> None:
