@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import made_reports
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from convert.errors import TightfitError
 from convert.evaluation import judge
 from convert.planning import decide
 from convert.results import match_of
+from convert.warnings_of import warnings_of
 from device_profiles import load
 from targets import Job
 from targets.errors import TargetError
@@ -168,6 +170,16 @@ def test_codes_are_no_class_scores() -> None:
     codes = np.sign(np.random.default_rng(0).standard_normal((20, 16))).astype(np.float32)
     assert not classifies({"output": codes}, None)
     assert classifies({"output": codes * 2}, None)
+
+
+@pytest.mark.parametrize(("cosine", "warned"), [(0.9, False), (0.7, True)])
+def test_a_report_warns_of_many_flipped_bits_and_not_of_few(cosine: float, warned: bool) -> None:
+    entry = {"step": "binarize_embedding", "layer": "output 0", "action": "16 numbers become 16 bits", "reason": ""}
+    stages = [made_reports.stage("captured", None), made_reports.stage("artifact", 3.0, cosine=cosine)]
+    facts = made_reports.result(ledger=[entry], drift={"stages": stages, "layers": [], "first_jump": None})
+    said = list(warnings_of(made_reports.report(facts)))
+    assert any("15% of the embedding's bits are not the float model's" in s for s in said) == warned
+    assert not any("no longer computes" in s for s in said)
 
 
 def test_the_recipe_is_listed_and_its_kernel_shipped() -> None:
