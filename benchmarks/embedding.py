@@ -113,6 +113,7 @@ def embedded(tokens: dict[str, np.ndarray]) -> np.ndarray:
         inputs = [torch.from_numpy(tokens[k][rows, : lengths[rows].max()]) for k in ("input_ids", "attention_mask")]
         with torch.no_grad():
             made[rows] = model(*inputs).numpy()
+    torch.set_num_threads(1)
     return made
 
 
