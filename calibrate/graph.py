@@ -92,7 +92,8 @@ KINDS: dict[str, str] = {
     "dynamic_conv2d": "conv",
 }
 
-# A mark in `meta`: which cut this operator belongs to, of those that decide which tokens stay, or take them.
+# A mark in `meta`: which cut this operator belongs to, of those that decide which tokens stay, or take them;
+# or the head that makes bits of an embedding, which decides by comparison likewise.
 CHOOSES_TOKENS = "chooses_tokens"
 
 # Kinds that hold trained weights as their second argument; (input, weight, bias).

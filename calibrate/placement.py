@@ -27,7 +27,7 @@ from .graph import (
 from .plan import Plan
 
 FUSED = ("relu", "clamp")
-CHOICE = "it decides which tokens stay: codes would make equal what is not"
+CHOICE = "it decides by comparison (which tokens stay, which bits are set): codes would make equal what is not"
 # Kinds that a runtime may do in float between dequantize and quantize without changing a value: codes go in, the same
 # codes come out. They keep an island whole where its kernels lack them (a padded shortcut under ONNX Runtime).
 BRIDGES = frozenset(("pad", "slice", "select", "reshape", "transpose", "split", "expand", "cat", "max_pool"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import targets
+from calibrate.packed_codes import KERNEL
 from calibrate.samples import InputSpec
 from convert import host, mixed, output
 from convert.alternatives import alternatives, run_like_device
@@ -53,6 +54,8 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     made, session = lowered.made, lowered.session
     kept_twin = home / "float" / path.name
     _copy(lowered.twin, kept_twin)
+    if run.embedded is not None:
+        shutil.copyfile(KERNEL, home / KERNEL.name)
     placement = target.placement(path, lowered.job)
     judged = _judged(run, made, session, profile, target_name, first)
     latency, note = lowered.latency, lowered.note
@@ -96,11 +99,13 @@ def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> t
 
 
 def _with_tokens(run: Run, lowered: Lowered) -> Lowered:
-    """What was made, with the removal of tokens in its stages, ledger and notes."""
-    pruned = run.pruned
+    """What was made, with what was done before all steps: bits of embeddings, and the removal of tokens."""
+    pruned, made = run.pruned, lowered.made
+    if run.embedded is not None:
+        made = replace(made, ledger=(*run.embedded.ledger, *made.ledger))
+        lowered = replace(lowered, made=made)
     if pruned is None:
         return lowered
-    made = lowered.made
     made = replace(
         made,
         tokens=pruned.captured.graph,

@@ -119,12 +119,14 @@ def top1(scores: Array) -> NDArray[np.int64]:
 
 
 def classifies(outputs: dict[str, Array], labels: NDArray[np.int64] | None) -> bool:
-    """Whether the first output is class scores: rows of at least two numbers, and not vectors of unit length.
+    """Whether the first output is class scores: rows of at least two numbers, not vectors of unit length nor ±1 codes.
 
     Labels, when given, must fit the number of columns.
     """
     first = next(iter(outputs.values()))
     if first.ndim != 2 or first.shape[1] < 2 or not np.issubdtype(first.dtype, np.floating):
+        return False
+    if (np.abs(first) == 1).all():
         return False
     if labels is not None and len(labels):
         return int(labels.max()) < first.shape[1]

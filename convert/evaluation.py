@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from calibrate import qdq
-from calibrate.graph import kind, layer_name, run
+from calibrate.graph import chooses_tokens, kind, layer_name, run
 from calibrate.samples import Batch, CalibrationSet
 from calibrate.simulation import ROUNDS, Adder, Simulation, simulate
 from convert.capture import Captured
@@ -140,7 +140,7 @@ def judge(
         runners[simulated] = graph_runner(captured, last_graph, "float16", artifact_batch)
     jitter = None
     moves = _quantizes_activations(last_graph) and Simulation(last_graph, compute).rounds_freely
-    if moves or compressed.tokens is not None:
+    if moves or compressed.tokens is not None or compares(last_graph):
         amount = HALF_JITTER if compute == "float16" else JITTER
         jitter = graph_runner(captured, last_graph, compute, artifact_batch, adder, amount)
     runners["artifact"] = session_runner(session, artifact_batch)
@@ -189,6 +189,11 @@ def _count(judged: Judged, expected: Batch, got: Batch, labels: NDArray | None) 
 
 def _quantizes_activations(graph: GraphModule) -> bool:
     return any(n.target in ROUNDS for n in graph.graph.nodes)
+
+
+def compares(graph: GraphModule) -> bool:
+    """Whether a rounding decides something whole: which of two tokens stays, or a bit of an embedding."""
+    return any(chooses_tokens(n) for n in graph.graph.nodes)
 
 
 def output_step(graph: GraphModule) -> float | None:

@@ -8,6 +8,7 @@ from calibrate.samples import CalibrationSet, InputSpec
 from convert import output
 from convert.capture import Captured
 from convert.compress import Builder, Effort
+from convert.embedding_stage import Embedded
 from convert.gates import Budget
 from convert.progress import Progress
 from convert.pruning import Pruned, Pruner
@@ -64,7 +65,8 @@ class Run:
     """What the conversions of one command share.
 
     `pruned`: the model with fewer tokens that one conversion works on, and `shelf` those that others may take over;
-    `pruners`: what removes tokens, by method and its options.
+    `pruners`: what removes tokens, by method and its options. `embedded`: `captured` is the user's model with a head
+    that makes bits of its embedding.
     """
 
     options: Options
@@ -78,6 +80,7 @@ class Run:
     reference_samples: int
     builder: Builder
     pruned: Pruned | None = None
+    embedded: Embedded | None = None
     shelf: dict[Any, tuple[Pruned, Builder]] = field(default_factory=dict)
     pruners: dict[str, Pruner] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from convert.artifact import make
 from convert.capture import Captured, capture
 from convert.compress import Builder
 from convert.data import hold_out, open_data, peek, synthetic_data
+from convert.embedding_stage import embedded
 from convert.errors import MissingDependency, TightfitError, user_errors
 from convert.on_device import judged, on_devices, refuse_unreachable
 from convert.options import Options, Run, Samples
@@ -113,6 +114,12 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
     refuse_too_few(captured, samples.calibration, samples.evaluation, batch)
     unused = label_notes(captured, samples.evaluation, batch, asked=options.labels is not None)
     samples = replace(samples, notes=(*samples.notes, *unused))
+
+    def tell(what: str, done: int, total: int | None = None) -> None:
+        progress.advance(done, total, what)
+
+    coded = embedded(captured, options.recipe, samples.calibration, tell, options.seed)
+    captured = coded.captured if coded else captured
     sample_bytes = sum(math.prod(i.sample_shape) * 8 for i in captured.inputs)
     return Run(
         options=options,
@@ -126,11 +133,12 @@ def _prepare(options: Options, folder: Path, work: Path, progress: Progress) -> 
         builder=Builder(
             captured,
             samples.calibration,
-            lambda what, done, total=None: progress.advance(done, total, what),
+            tell,
             options.effort,
             options.seed,
             batch,
         ),
+        embedded=coded,
         reference_samples=output.reference_count(sample_bytes, len(samples.evaluation), batch),
     )
 

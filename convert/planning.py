@@ -75,7 +75,9 @@ def planned(
     automatic: bool = False,
 ) -> Decision:
     """The plan of one recipe under a target's rules. Raises TightfitError for what the device cannot run."""
-    steps = _resolved(chosen.steps, rules, family(graph))
+    # Embeddings became bits in the captured model already (convert/embedding_stage.py).
+    own = tuple(s for s in chosen.steps if s != "binarize_embedding")
+    steps = _resolved(own, rules, family(graph))
     _refuse_impossible(chosen, steps, rules, profile)
     compute = chosen.compute or rules.float_format
     wide = chosen.activation_bits == 16

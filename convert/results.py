@@ -4,15 +4,16 @@ import math
 
 from convert.capture import Captured
 from convert.compress import Compressed
-from convert.evaluation import Judged, output_step
+from convert.evaluation import Judged, compares, output_step
 from convert.report import schema
 
 # A stage that loses this much SQNR against the one before is a jump worth naming.
 JUMP_DB = 6.0
 # float64 sums of float32 differences resolve no more; above it a stage counts as unchanged when jumps are sought.
 QUIET_DB = 90.0
-# Where rounding decides which of two tokens stays, the largest move of one draw may be so many times another's; so may
-# the mean, which one token more or less hardly changes: a lowering that takes other tokens is far beyond both.
+# Where rounding decides which of two tokens stays, or a bit of an embedding, the largest move of one draw may be so
+# many times another's; so may the mean, which one token more or less hardly changes: a lowering that takes other tokens
+# is far beyond both.
 DRAW = 2.0
 
 
@@ -71,7 +72,7 @@ def match_of(made: Compressed, judged: Judged) -> schema.Match:
     step = output_step(made.graph)
     moved = judged.unsteady.max_abs if judged.unsteady.outputs else 0.0
     usual, allowed = True, moved
-    if made.tokens is not None:
+    if made.tokens is not None or compares(made.graph):
         allowed = DRAW * moved
         usual = judged.match.rms <= DRAW * judged.unsteady.rms + 1e-6 * judged.output_range
     base = step if step is not None else judged.output_range / 255
@@ -112,6 +113,11 @@ def _why_not_exact(made: Compressed, codes: bool, moved: float, within: bool) ->
         cause += (
             f" Where two tokens score nearly alike, it may keep the other one: {DRAW:g} times what one draw of such "
             "rounding moves is allowed, in the largest and in the mean square."
+        )
+    elif compares(made.graph):
+        cause += (
+            " Where a number behind a bit of the embedding is next to zero, the bit may flip: as many flips as make "
+            f"{DRAW:g} times the root mean square that one draw of such rounding makes are allowed."
         )
     return f"{cause} {unit}" + ("" if within else " THE DIFFERENCE IS LARGER THAN ONE STEP: look at the layers.")
 

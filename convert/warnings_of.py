@@ -9,6 +9,8 @@ from convert.results import JUMP_DB, QUIET_DB
 
 # Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
 BROKEN_DB = 10.0
+# Codes of unrelated embeddings differ in half of their bits. A share of flipped bits is (1 - cosine) / 2.
+MOST_FLIPPED = 0.1
 
 
 def warnings_of(report: Report, notes: Iterable[str] = ()) -> Iterator[str]:
@@ -24,6 +26,13 @@ def _of_result(result: Result) -> Iterator[str]:
     artifact, subject = result.drift.artifact, result.subject
     if artifact.undefined:
         yield f"{subject}: the artifact's outputs cannot be compared: {artifact.undefined}."
+    elif any(e.step == "binarize_embedding" for e in result.ledger):
+        flipped = (1 - artifact.cosine) / 2 if artifact.cosine is not None else 0.0
+        if flipped > MOST_FLIPPED:
+            yield (
+                f"{subject}: {flipped:.0%} of the embedding's bits are not the float model's: too many. "
+                "Take a recipe file whose steps quantize less, with binarize_embedding as the first."
+            )
     elif artifact.sqnr_db is not None and artifact.sqnr_db < BROKEN_DB:
         worst = result.drift.first_jump.worst_layers[:3] if result.drift.first_jump else ()
         where = f" Worst layers: {', '.join(worst)}." if worst else ""
