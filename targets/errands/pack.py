@@ -100,8 +100,8 @@ def can_compile(name: str, processor: tuple[str, str] | None) -> "Processor":
 
     if processor is None:
         raise TargetError(
-            f"{name}: folders of C sources are compiled here, for this machine and for emulated boards; which processor "
-            "another device has is not known. Copy the folder there, run `make`, and give the driver its samples "
+            f"{name}: folders of C sources are compiled here, for this machine and for emulated boards; the processor "
+            "of another device is not known. Copy the folder there, run `make`, and give the driver its samples "
             "(the folder's README says how)."
         )
     found = Processor(*processor)
