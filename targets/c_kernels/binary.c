@@ -46,6 +46,18 @@ static void pack(const int8_t *x, int32_t count, uint64_t *words)
     }
 }
 
+static int32_t bits_of(uint64_t x)
+{
+#if defined(__GNUC__)
+    return __builtin_popcountll(x);
+#else
+    int32_t found = 0;
+    for (; x; x &= x - 1)
+        found++;
+    return found;
+#endif
+}
+
 /* `rows` is a constant wherever `differ` is called, and loops over it have to vanish: sums live in registers. */
 #if defined(__GNUC__)
 #define TF_ALWAYS static inline __attribute__((always_inline))
@@ -158,12 +170,7 @@ TF_ALWAYS void differ(int rows, const uint64_t *a, int32_t step, const uint64_t 
     (void)step, (void)rows;
     for (int32_t k = 0; k < words; k++)
         for (int i = 0; i < 8; i++)
-#if defined(__GNUC__)
-            count[i] += __builtin_popcountll(a[k] ^ b[(size_t)k * 8 + i]);
-#else
-            for (uint64_t x = a[k] ^ b[(size_t)k * 8 + i]; x; x &= x - 1)
-                count[i]++;
-#endif
+            count[i] += bits_of(a[k] ^ b[(size_t)k * 8 + i]);
     for (int i = 0; i < 8; i++)
         sums[0][i] = total - 2 * count[i];
 }
@@ -182,6 +189,25 @@ static void block_of_sums(const uint64_t *a, int32_t step, const uint64_t *b, in
     for (; t < count; t++) {
         differ(1, a + (size_t)t * step, step, b, words, total, found);
         memcpy(sums + (size_t)t * line, found[0], sizeof found[0]);
+    }
+}
+
+/* The sums of `count` rows, channel after channel from the one that it differs least from. */
+static void tree_of_sums(const tf_conv *p, const uint64_t *rows, int32_t words, int32_t count, int32_t *sums, int32_t line)
+{
+    const tf_reuse *tree = &p->reuse;
+    for (int32_t i = 0; i < p->out_channels; i++) {
+        const int32_t channel = tree->order[i], parent = tree->parent[i];
+        int32_t found[TF_TILE] = {0};
+        for (int32_t e = tree->first[i]; e < tree->first[i + 1]; e++) {
+            const uint64_t *at = rows + tree->place[e], mask = tree->mask[e], bits = tree->bits[e];
+            for (int32_t t = 0; t < count; t++)
+                found[t] += bits_of((at[(size_t)t * words] & mask) ^ bits);
+        }
+        for (int32_t t = 0; t < count; t++) {
+            int32_t *sum = sums + (size_t)t * line;
+            sum[channel] = tree->add[i] + (parent < 0 ? -2 * found[t] : sum[parent] - 4 * found[t]);
+        }
     }
 }
 
@@ -258,7 +284,9 @@ void tf_conv_w1a1(const tf_conv *p, const int8_t *x, void *y, int8_t *scratch)
             for (int32_t t = 0; t < count; t++)
                 patch(p, packed, place_of(p, pixel + t), per_tap, rows + (size_t)t * words);
         }
-        for (int32_t block = 0; block < blocks; block++)
+        if (p->reuse.order)
+            tree_of_sums(p, tile, words, count, sums, blocks * 8);
+        for (int32_t block = 0; block < blocks && !p->reuse.order; block++)
             block_of_sums(tile, words, (const uint64_t *)p->weight.data + (size_t)block * words * 8, words,
                           p->channels * taps, count, sums + block * 8, blocks * 8);
         for (int32_t t = 0; t < count; t++) {
