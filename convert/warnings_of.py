@@ -8,6 +8,9 @@ from convert.report.schema import Report, Result
 
 # Below this SQNR (a cosine of about 0.95) an artifact no longer computes what the model does.
 BROKEN_DB = 10.0
+# How the target `c` names layers whose bits are unpacked: 1.16 times the instructions and time of int8 where both were
+# counted and measured (benchmarks/binary_kernels_results.md).
+UNPACKED = "int8-w1 "
 
 
 def warnings_of(report: Report, notes: Iterable[str] = ()) -> Iterator[str]:
@@ -40,6 +43,13 @@ def _of_result(result: Result) -> Iterator[str]:
         yield f"{subject}: timing was too unstable to compare; run again on a quiet machine."
     for run in result.runs:
         yield from _of_run(subject, run)
+    unpacked = sum(n for kind, n in result.placement.kinds.items() if kind.startswith(UNPACKED))
+    if unpacked:
+        yield (
+            f"{subject}: {unpacked} layers have weights of one bit and int8 inputs. The C kernels unpack those and "
+            "multiply in int8: the file is smaller, and takes more instructions than int8. Where speed counts, choose "
+            "--recipe int8."
+        )
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."

@@ -65,7 +65,10 @@ def tree(words: Words, used: Words, total: int) -> Tree:
         add.append(total if parent < 0 else 2 * differing)
     columns: Any = list(zip(*entries, strict=True)) or [(), (), ()]
     return Tree(
-        *(np.array(values, np.int32) for values in (order, parents, first, add)),
+        order=np.array(order, np.int32),
+        parent=np.array(parents, np.int32),
+        first=np.array(first, np.int32),
+        add=np.array(add, np.int32),
         place=np.array(columns[0], np.int32),
         mask=np.array(columns[1], np.uint64),
         bits=np.array(columns[2], np.uint64),
