@@ -18,6 +18,7 @@ from convert.report.measures import Latency, Stage
 from convert.report.runs import BoardState, DeviceRun, HostAgreement, Instructions, SustainedPoint
 from convert.report.schema import Result
 from targets.errands import Answer, Errand, Timing, carry_out
+from targets.errands.pack import CARRIED, SOURCES, can_compile
 from targets.errors import TargetError
 from targets.transports import Transport, find, opened
 
@@ -26,7 +27,6 @@ EMULATED_SAMPLES = 32
 # Counts of one inference repeat to some hundredths of a percent; the median of three is not the one Python disturbed.
 COUNTED = 3
 QUICK = Timing(min_runs=100)
-CARRIED = (".onnx", ".tflite")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ def refuse_unreachable(addresses: Sequence[str], suffixes: Sequence[str]) -> Non
     if twice:
         raise TightfitError(f"--on {twice[0]} is given twice; leave one out.")
     if not set(suffixes) & set(CARRIED):
-        kinds = " and ".join(CARRIED)
-        raise TightfitError(f"--on {addresses[0]} has nothing to run: only {kinds} files can be run elsewhere.")
+        kinds = ", ".join(CARRIED)
+        raise TightfitError(f"--on {addresses[0]} has nothing to run: only {kinds} can be run elsewhere.")
     for address in addresses:
-        with user_errors(), opened(address):
-            pass
+        with user_errors(), opened(address) as transport:
+            if set(suffixes) & set(CARRIED) == {SOURCES}:
+                can_compile(SOURCES, transport.processor)
 
 
 def run_everywhere(

@@ -11,6 +11,9 @@ from convert.results import JUMP_DB, QUIET_DB
 BROKEN_DB = 10.0
 # Codes of unrelated embeddings differ in half of their bits. A share of flipped bits is (1 - cosine) / 2.
 MOST_FLIPPED = 0.1
+# How the target `c` names layers whose bits are unpacked: 1.16 times the instructions and time of int8 where both were
+# counted and measured (benchmarks/binary_kernels_results.md).
+UNPACKED = "int8-w1 "
 
 
 def warnings_of(report: Report, notes: Iterable[str] = ()) -> Iterator[str]:
@@ -51,6 +54,13 @@ def _of_result(result: Result) -> Iterator[str]:
     for run in result.runs:
         yield from _of_run(subject, run)
         yield from _kernels_of(result, run)
+    unpacked = sum(n for kind, n in result.placement.kinds.items() if kind.startswith(UNPACKED))
+    if unpacked:
+        yield (
+            f"{subject}: {unpacked} layers have weights of one bit and int8 inputs. The C kernels unpack those and "
+            "multiply in int8: the file is smaller, and takes more instructions than int8. Where speed counts, choose "
+            "--recipe int8."
+        )
     if result.placement.fallbacks:
         names = ", ".join(f.node for f in result.placement.fallbacks[:3])
         yield f"{subject}: {len(result.placement.fallbacks)} layers do not run as planned ({names})."

@@ -62,8 +62,9 @@ class TargetRules(Facts):
     63 where 16-bit sums would saturate. `dynamic_ops` are the kinds that run in int8 with ranges taken at
     run time, as `dynamic_scheme` says. `quantize_io` makes the artifact's own inputs and outputs int8;
     `float_format` is the format of all that is not quantized. `token_form` is how chosen tokens are taken: by top-k
-    and gather, or by rank, in comparisons and products alone. `unsupported` kinds leave the device's fast path for
-    good, `costly` ones run but break it up.
+    and gather, or by rank, in comparisons and products alone. `reuse_outputs` (target c) computes channels of
+    binary layers from one another where their signs differ in few words. `unsupported` kinds leave the device's
+    fast path for good, `costly` ones run but break it up.
     """
 
     target: Text
@@ -87,6 +88,7 @@ class TargetRules(Facts):
     layout: Literal["NCHW", "NHWC"]
     opset: Annotated[StrictInt, Field(ge=13, le=25)] | None = None
     deployment_target: Literal["iOS15", "iOS16", "iOS17", "iOS18", "iOS26"] | None = None
+    reuse_outputs: StrictBool | None = None
     unsupported: tuple[Limit, ...] = ()
     costly: tuple[Limit, ...] = ()
 

@@ -11,8 +11,9 @@ from calibrate import qdq
 from calibrate.simulation import whole_steps
 
 from ._c_lower import Lowering, check_dtype, rows_of
-from ._c_pack import codes_weight, is_signs, sign_words
+from ._c_pack import codes_weight, is_signs, row_words, sign_words
 from ._c_program import CHUNK, PAD, TILE, Store, Struct, Tensor
+from ._c_reuse import reused
 from .errors import TargetError
 
 Geometry = dict[str, int]
@@ -125,10 +126,13 @@ def _layer(state: Lowering, node: Node) -> None:
     flat, depthwise = columns(codes), is_depthwise(fields)
     signs = is_signs(codes) and source.args[0] in state.signs and zero == 0 and fields["groups"] == 1
     low, high = qdq.code_range(weight_node) or (-127, 127)
+    reuse: Struct | None = None
     if signs:
         taps = fields["kernel_h"] * fields["kernel_w"]
         words = sign_words(flat.reshape(len(flat), taps, -1))
-        data = state.program.constant("signs", "uint64_t", words, "weight", layer)
+        if state.job.rules.reuse_outputs:
+            reuse = _reuse(state, words, fields)
+        data = state.program.constant("signs", "uint64_t", words, "weight", layer) if reuse is None else None
         weight = Struct("tf_weight", {"format": "TF_SIGN", "rows": len(flat), "columns": flat.shape[1], "data": data})
     else:
         weight = codes_weight(state.program, layer, flat, low, high)
@@ -150,6 +154,7 @@ def _layer(state: Lowering, node: Node) -> None:
         zero=zero,
         weight=weight,
         tap_sums=None if sums is None else state.program.constant("tap_sums", "int16_t", sums),
+        reuse=reuse,
         out=Struct("tf_output", out),
     )
     name = "tf_conv_w1a1" if signs else "tf_depthwise_i8" if depthwise else "tf_conv_i8"
@@ -157,6 +162,13 @@ def _layer(state: Lowering, node: Node) -> None:
     made = state.program.tensor(like.shape, "float" if output is None else "int8_t", like.images)
     state.program.call(name, conv, x, made, "scratch", layer=layer, scratch=_scratch(name, fields, flat.shape[1]))
     _keep(state, node, finished(state, node, made))
+
+
+def _reuse(state: Lowering, words: np.ndarray, fields: Geometry) -> Struct | None:
+    """The tree of a layer of signs, where there is one that is worth it. Every tap starts at a whole word."""
+    channels, taps = fields["channels"], fields["kernel_h"] * fields["kernel_w"]
+    used = row_words(sign_words(np.full((1, taps, channels), -1, np.int8)))[0]
+    return reused(state.program, row_words(words)[: fields["out_channels"]], used, channels * taps)
 
 
 def _start(

@@ -28,7 +28,7 @@ class Artifact:
     """One file to be run, under the name that its results bear.
 
     `data`: files of constants beside it, {name here: name that the file refers to}. `config` and `disabled` are session
-    config entries and optimizers that are switched off, for ONNX Runtime.
+    config entries and optimizers that are switched off, for ONNX Runtime; for compiled C, `config` describes it.
     """
 
     name: str

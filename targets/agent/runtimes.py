@@ -49,8 +49,14 @@ def open_session(artifact: Artifact, folder: Path, threads: int) -> Session:
         from .tflite_session import TFLiteSession
 
         return TFLiteSession(path, threads)
+    if path.suffix == ".so":
+        from .c_session import CSession
+
+        return CSession(path, artifact.config)
     if path.suffix != ".onnx":
-        raise Problem(FAILED, f"a {path.suffix or 'folder'} can't run here: the agent runs .onnx and .tflite files.")
+        raise Problem(
+            FAILED, f"a {path.suffix or 'folder'} can't run here: the agent runs .onnx and .tflite files, and .so of C."
+        )
     executable = tensorrt.trtexec()
     if executable is not None:
         return tensorrt.TensorRTSession(path, executable)

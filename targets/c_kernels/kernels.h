@@ -50,6 +50,13 @@ typedef struct {
     int32_t codes, zero, low, high;
 } tf_output;
 
+/* Output channels of a binary layer computed from one another, in `order`: the sum of `parent` (-1: none), plus `add`,
+ * less what the entries first[i] .. first[i + 1] count: words of the input, under a mask, against masked signs. */
+typedef struct {
+    const int32_t *order, *parent, *first, *add, *place;
+    const uint64_t *mask, *bits;
+} tf_reuse;
+
 typedef struct {
     int32_t batch, height, width, channels;         /* of the input */
     int32_t out_height, out_width, out_channels;
@@ -57,6 +64,7 @@ typedef struct {
     int32_t zero;                                   /* the input's zero point; what padding holds */
     tf_weight weight;                               /* columns in the order kernel_h, kernel_w, channels / groups */
     const int16_t *tap_sums;                        /* binary layers: per channel and tap, the sum of its weights */
+    tf_reuse reuse;                                 /* binary layers; nulls: every channel from its own words */
     tf_output out;
 } tf_conv;
 

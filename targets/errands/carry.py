@@ -29,7 +29,7 @@ def carry_out(transport: Transport, errand: Errand, progress: Progress) -> Answe
     count = errand.count > 0 and transport.counts
     with tempfile.TemporaryDirectory(prefix="tightfit-errand-") as name:
         folder = Path(name)
-        files, identity = pack.packed(errand, folder, count=count)
+        files, identity = pack.packed(errand, folder, count=count, processor=transport.processor)
         progress("send", None, None)
         transport.push(files)
         seconds = errand.seconds + (errand.timing.sustained_minutes * 60 if errand.timing else 0)

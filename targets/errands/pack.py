@@ -6,7 +6,7 @@ import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,13 @@ from targets.errors import TargetError
 
 from .nouns import Errand, Timing
 
+if TYPE_CHECKING:
+    from targets._c_cross import Processor
+
 AGENT, JOB, INPUTS = "agent.pyz", "job.json", "inputs.npz"
 VERSION = 1
-CARRIED = (".onnx", ".tflite")
+SOURCES = ".cnet"
+CARRIED = (".onnx", ".tflite", SOURCES)
 PACKAGE = "tightfit_agent"
 _SOURCE = Path(__file__).resolve().parents[1] / "agent"
 _START = f"import sys\n\nfrom {PACKAGE}.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
@@ -34,16 +38,21 @@ def agent() -> bytes:
     return packed.getvalue()
 
 
-def packed(errand: Errand, folder: Path, *, count: bool) -> tuple[dict[str, Path], str]:
+def packed(
+    errand: Errand, folder: Path, *, count: bool, processor: tuple[str, str] | None = None
+) -> tuple[dict[str, Path], str]:
     """Write what is to be sent into `folder`: {name there: path here}, and the identity that the answer must bear.
 
-    Raises TargetError for a file that no device of this kind runs, or that is not there.
+    `processor`: the transport's, for which C sources are compiled. Raises TargetError for a file that no device of this
+    kind runs, or that is not there; MissingRuntime without a compiler for the processor.
     """
     identity = uuid.uuid4().hex
     artifacts = [("artifact", errand.artifact)] + ([("float", errand.twin)] if errand.twin is not None else [])
     entries, files = [], {}
     for name, path in artifacts:
-        entry, sent = _artifact(name, path, errand.threads)
+        entry, sent = (
+            _sources(name, path, folder, processor) if path.suffix == SOURCES else _artifact(name, path, errand.threads)
+        )
         entries.append(entry)
         files.update(sent)
     job = {
@@ -66,7 +75,7 @@ def _artifact(name: str, path: Path, threads: int) -> tuple[dict[str, Any], dict
     """The job's entry of a file, and the files to send for it."""
     if path.suffix not in CARRIED:
         raise TargetError(
-            f"{path.name} can't be run elsewhere: the agent takes {' and '.join(CARRIED)} files. A Core ML package "
+            f"{path.name} can't be run elsewhere: the agent takes {', '.join(CARRIED)}. A Core ML package "
             "runs on Apple's systems only."
         )
     if not path.is_file():
@@ -83,6 +92,35 @@ def _artifact(name: str, path: Path, threads: int) -> tuple[dict[str, Any], dict
         entries, disabled = unfused(path)
         entry |= {"config": {**CONFIG, **spinning(threads), **entries}, "disabled": disabled}
     return entry, sent
+
+
+def can_compile(name: str, processor: tuple[str, str] | None) -> "Processor":
+    """The processor that C sources are compiled for. Raises TargetError, or MissingRuntime, where they cannot be."""
+    from targets._c_cross import Processor, cross_compiler
+
+    if processor is None:
+        raise TargetError(
+            f"{name}: folders of C sources are compiled here, for this machine and for emulated boards; the processor "
+            "of another device is not known. Copy the folder there, run `make`, and give the driver its samples "
+            "(the folder's README says how)."
+        )
+    found = Processor(*processor)
+    cross_compiler(found)
+    return found
+
+
+def _sources(
+    name: str, path: Path, folder: Path, processor: tuple[str, str] | None
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The job's entry of a folder of C sources, and the library that it is compiled to."""
+    from targets._c_cross import library
+    from targets._c_session import read_manifest
+
+    file = f"{name}.so"
+    compiler = library(path, folder / file, can_compile(path.name, processor))
+    manifest = read_manifest(path)
+    config = {"inputs": json.dumps(manifest["inputs"]), "outputs": json.dumps(manifest["outputs"])}
+    return {"name": name, "file": file, "config": {**config, "compiler": compiler}}, {file: folder / file}
 
 
 def _timing(timing: Timing) -> dict[str, Any]:

@@ -31,13 +31,15 @@ class Transport(Protocol):
     """One way to one device. All methods raise a TargetError that names the cause and the next step.
 
     `emulated`: outputs and instruction counts are the device's, times say nothing. `counts`: `run` can count
-    instructions. `python` starts the device's Python, () where it has none.
+    instructions. `python` starts the device's Python, () where it has none. `processor`: what C sources are compiled
+    for here, (the kernel's architecture, QEMU's name of the core); None where that is not known.
     """
 
     address: str
     emulated: bool
     counts: bool
     python: tuple[str, ...]
+    processor: tuple[str, str] | None
 
     def open(self) -> None:
         """Reach the device, find its Python, and make the session's folder there."""

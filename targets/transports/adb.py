@@ -45,6 +45,7 @@ class AdbTransport:
 
     emulated = False
     counts = False
+    processor: tuple[str, str] | None = None
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -43,6 +43,7 @@ class EmulatedTransport(LocalTransport):
                 f"targets.emulator.build({self._board!r}, extras=('tflite-runtime',))."
             )
         self.counts = machine.plugin is not None
+        self.processor = (machine.board.machine, machine.board.cpu.partition(",")[0])
         super().open()
 
     def facts(self) -> dict[str, str]:

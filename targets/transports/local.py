@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import os
+import platform
 import queue
 import shutil
 import signal
@@ -27,6 +28,8 @@ class LocalTransport:
 
     emulated = False
     counts = False
+    # This machine's own, as its compiler sees it.
+    processor: tuple[str, str] | None = (platform.machine(), "native")
     prefix = "tightfit-local-"
 
     def __init__(self, address: str) -> None:

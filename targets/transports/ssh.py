@@ -34,6 +34,7 @@ class SshTransport:
     """See `targets.transports.Transport`. `emulated` is told by the login, where it is no board but an emulated one."""
 
     counts = False
+    processor: tuple[str, str] | None = None
 
     def __init__(self, address: str, patience: Patience | None = None) -> None:
         self.address = address
