@@ -46,9 +46,9 @@ class Plan:
     whose output the runtime's kernel writes as codes, `shared_scale` those that move codes without changing scale.
     `residual_add` is "both" (an add reads two quantized tensors), "skip" (only the skip branch is quantized, the other
     stays inside the convolution's kernel) or "none". `half_scales`: scales are float16 numbers, for runtimes that keep
-    them so. `keep_float` maps layer names to the reason they stay float. `weight` is how weights
-    are stored, `formats` where a layer differs; `levels` maps the layers that a mixed plan binarizes to their binarizers,
-    None where the step binarize decides by itself; `parameters` maps a step's name to what the recipe set for it.
+    them so. `keep_float` maps layer names to the reason they stay float. `weight` is how weights are stored, `formats`
+    where a layer differs. `levels` maps the layers that a mixed plan binarizes to their binarizers, None where the step
+    binarize decides by itself. `parameters` maps a step's name to what the recipe set for it.
     """
 
     steps: tuple[str, ...]
