@@ -47,7 +47,7 @@ def quantized(**parameters: Any) -> tuple[GraphModule, Context]:
     }
     graph = capture(Made(network, **parts), images())
     plan = replace(ISLANDS, parameters={STEP: parameters, "finetune": {"iterations": 60, "batch": 16}})
-    setting = context(plan, *[[b] for b in images(64).split(16)])
+    setting = context(plan, *[[b] for b in images(512).split(16)])
     steps.apply("quantize_static", graph, setting)
     return graph, setting
 
@@ -203,7 +203,7 @@ def restless(parameters: dict[str, Any]) -> tuple[GraphModule, Context]:
     torch.manual_seed(0)
     stem, first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
     graph = capture(Made(call, stem=stem, first=first, norm=nn.LayerNorm(8), head=nn.Linear(8, 4)), images())
-    setting = context(replace(ISLANDS, parameters=parameters), *[[b] for b in images(64).split(16)])
+    setting = context(replace(ISLANDS, parameters=parameters), *[[b] for b in images(512).split(16)])
     steps.apply("quantize_static", graph, setting)
     return graph, setting
 
