@@ -173,8 +173,8 @@ def _refuse_impossible(
         raise TightfitError(f"{where} has no weights of one or two bits. The smallest it runs is {small}.")
     if "binarize_activations" in steps and rules.runtime == "coreml":
         raise TightfitError(
-            f"{where} has int8 kernels for codes of 8 bits alone, so signs would save nothing. The smallest "
-            "it runs is --recipe binary, whose activations stay float."
+            f"{where} has int8 kernels for codes of 8 bits alone, so signs would save nothing. Use "
+            "--recipe binary, whose activations stay float."
         )
     if kind_ == "palette" and rules.target != "coreml":
         raise TightfitError(f"{where} has no palettes, a Core ML format. Use --recipe w4 for 4-bit weights.")

@@ -107,7 +107,7 @@ def test_recipes_and_steps_carry_their_summaries(capsys: pytest.CaptureFixture[s
     shown = json.loads(capsys.readouterr().out)
     wanted = {"int8", "int8-dynamic", "int8-weights", "float16", "float32"}
     wanted |= {"w4a8", "w4", "w2", "w8a16", "fp8", "mixed", "palette4"}
-    wanted |= {"binary", "ternary", "binary-planes", "mixed-binary"}
+    wanted |= {"binary", "ternary", "binary-planes", "mixed-binary", "binary-full", "binary-embedding"}
     wanted |= {"prune-zero-tprune", "prune-evit", "prune-text", "merge-tome", "merge-mctf", "cluster-tokens"}
     wanted |= {"merge-pyra", "super-tokens"}
     assert set(shown["recipes"]) == wanted

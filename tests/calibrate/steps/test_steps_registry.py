@@ -14,6 +14,9 @@ from calibrate.graph import clone, kind, run
 from calibrate.plan import Entry
 from calibrate.steps import Context, fold_batchnorm
 
+# Puts out something else than the model did, and needs more samples to find it.
+OTHER_OUTPUTS = {"binarize_embedding"}
+
 
 def small_cnn() -> GraphModule:
     torch.manual_seed(0)
@@ -23,7 +26,7 @@ def small_cnn() -> GraphModule:
 
 def start(name: str) -> tuple[GraphModule, Context]:
     """A graph that the step called `name` can work on: quantized already where it refines; and its context."""
-    graph, setting = small_cnn(), context(ISLANDS, [images(8)])
+    graph, setting = small_cnn(), context(ISLANDS, [images(64 if name in OTHER_OUTPUTS else 8)])
     if steps.refines(name):
         steps.apply("quantize_static", graph, setting)
     return graph, setting
@@ -66,7 +69,7 @@ def test_a_step_that_calls_itself_exact_keeps_the_float_function(name: str) -> N
     assert difference <= 1e-5 * reach  # float32 rounding
 
 
-@pytest.mark.parametrize("name", [n for n in steps.names() if not steps.find(n).exact])
+@pytest.mark.parametrize("name", [n for n in steps.names() if not steps.find(n).exact and n not in OTHER_OUTPUTS])
 def test_a_step_that_does_not_call_itself_exact_leaves_the_float_function_a_little(name: str) -> None:
     graph, (result, setting) = small_cnn(), start(name)
     steps.apply(name, result, setting)
