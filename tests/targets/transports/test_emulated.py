@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,17 +127,21 @@ def running(place: EmulatedTransport) -> list[str]:
 
 
 def test_a_command_that_hangs_is_killed_with_its_children(place: EmulatedTransport, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("import os, time\nos.fork()\nprint('up')\ntime.sleep(100)\n")
+    program = "import os, time\nos.fork()\nos.write(1, b'up\\n')\ntime.sleep(100)\n"
+    (tmp_path / "program.py").write_text(program)
     place.push({"program.py": tmp_path / "program.py"})
     lines: list[str] = []
     seen: list[int] = []
-    watch = threading.Timer(2.5, lambda: seen.append(len(running(place))))
-    watch.start()
-    with pytest.raises(TargetError, match="did not end within 4 s and was killed"):
-        place.run([*place.python, "program.py"], seconds=4, line=lines.append)
-    watch.join()
-    assert seen == [2]
+
+    def heard(text: str) -> None:
+        lines.append(text)
+        if len(lines) == 2:
+            seen.append(len(running(place)))
+
+    with pytest.raises(TargetError, match="did not end within 8 s and was killed"):
+        place.run([*place.python, "program.py"], seconds=8, line=heard)
     assert lines == ["up", "up"]
+    assert seen == [2]
     for _ in range(50):
         if not running(place):
             break
