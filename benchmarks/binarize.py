@@ -3,7 +3,7 @@
 Every row is one model with one binarizer, built by the product's own steps for ONNX Runtime (int8 activations, the
 first and the last layer at 8 bits), lowered to ONNX, and judged by its simulation on test samples that no step saw. "w2
 nearest" is rounding to the nearest of two bits, one scale per channel, which is what runtimes' own converters do. With
-`--recover MINUTES` the two recipes are also trained on unlabelled training images, within that much CPU time.
+`--recover MINUTES` the two recipes are also trained on unlabelled training images for so long.
 """
 
 import argparse

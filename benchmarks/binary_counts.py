@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "targe
 
 from dataclasses import replace  # noqa: E402
 
-from binary_kernels import CASES  # noqa: E402
+from binary_kernels import CASES, lowered  # noqa: E402
 from c_graphs import binary_graph, c_job, simulation  # noqa: E402
 from tflite_graphs import batch, capture, job, quantize  # noqa: E402
 
@@ -52,9 +52,7 @@ def artifacts(name: str, folder: Path) -> dict[str, tuple[Path, np.ndarray]]:
     jobs["tflite int8"] = ("tflite", job(quantize(capture(plain, x), x), x))
     made = {}
     for label, (target, task) in jobs.items():
-        found = targets.find(target)
-        path = folder / f"{label.replace(' ', '_')}{found.suffix}"
-        found.lower(task, path)
+        found, path = lowered(label, target, task, folder)
         exact = target == "c"
         made[label] = path, simulation(task)((x,))[0].numpy() if exact else run(found, path, x)
     return made

@@ -77,6 +77,14 @@ CASES = {
 }
 
 
+def lowered(label: str, target: str, task: targets.Job, folder: Path) -> tuple[targets.Target, Path]:
+    """The target called `target`, and the artifact that it made of a job."""
+    found = targets.find(target)
+    path = folder / f"{label.replace(' ', '_')}{found.suffix}"
+    found.lower(task, path)
+    return found, path
+
+
 def sessions(name: str, folder: Path) -> dict[str, tuple[Callable[[], object], np.ndarray]]:
     """What computes a case: runtime -> (a call, its output). The binary layer must equal its simulation to the bit."""
     make, x = CASES[name]
@@ -92,9 +100,7 @@ def sessions(name: str, folder: Path) -> dict[str, tuple[Callable[[], object], n
     jobs["tflite int8"] = ("tflite", job(quantize(capture(plain, x), x), x))
     made = {}
     for label, (target, task) in jobs.items():
-        found = targets.find(target)
-        path = folder / f"{label.replace(' ', '_')}{found.suffix}"
-        found.lower(task, path)
+        found, path = lowered(label, target, task, folder)
         session = found.open(path, threads=1)
         made[label] = session.bind(batch(x)), session.run(batch(x))["result0"]
         kinds = found.placement(path, task).kinds

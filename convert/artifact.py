@@ -20,11 +20,11 @@ from convert.options import Run
 from convert.planning import AUTO_FLOOR_DB, Decision, decide
 from convert.refusals import spends_on_tokens
 from convert.report import schema
+from convert.resident import resident_bytes
 from convert.results import accuracy_of, drift_of, match_of, reason_of
 from convert.token_picture import token_facts
 from convert.token_stage import meets_budget, with_fewer_tokens, within_budget
 from device_profiles import DeviceProfile
-from targets._resident import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make(run: Run, profile: DeviceProfile, target_name: str, first: bool) -> sch
     result = _result(
         run, profile, target_name, path, kept_twin, made, placement, session.executor, judged, latency, note
     )
-    result = result.model_copy(update={"resident": _resident(run, target_name, session, path, lowered.twin)})
+    result = _with_memory(result, run, path, lowered.twin)
     result = _with_estimate(result, run, lowered.job, placement, profile)
     _manifest(run, home, result, path, kept_twin)
     run.builder.forget_trials(made.decision.plan.steps)
@@ -83,12 +83,12 @@ def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> t
     decision = decide(run.captured.graph, profile, target_name, run.options.recipe)
     if not meets_budget(run, decision):
         run = with_fewer_tokens(run, decision)
-        return run, _with_tokens(run, _fastest(run, profile, target_name, path))
+        return run, _with_what_was_before(run, _fastest(run, profile, target_name, path))
     lowered: Lowered | None = None
 
     def milliseconds(trial: Run) -> float:
         nonlocal lowered
-        lowered = _with_tokens(trial, _fastest(trial, profile, target_name, path))
+        lowered = _with_what_was_before(trial, _fastest(trial, profile, target_name, path))
         if lowered.latency is None:
             raise TightfitError(f"--budget-ms can't be met: {lowered.note}.")
         return lowered.latency.p50_ms
@@ -98,7 +98,7 @@ def _within(run: Run, profile: DeviceProfile, target_name: str, path: Path) -> t
     return run, lowered
 
 
-def _with_tokens(run: Run, lowered: Lowered) -> Lowered:
+def _with_what_was_before(run: Run, lowered: Lowered) -> Lowered:
     """What was made, with what was done before all steps: bits of embeddings, and the removal of tokens."""
     pruned, made = run.pruned, lowered.made
     if run.embedded is not None:
@@ -268,13 +268,13 @@ def _latency(
     return found, None, slower
 
 
-def _resident(run: Run, target_name: str, session: targets.Session, path: Path, twin: Path) -> schema.Resident | None:
-    """What artifact and float twin keep in memory; None where no runtime for devices runs them here."""
-    if not session.measures_latency:
-        return None
+def _with_memory(result: schema.Result, run: Run, path: Path, twin: Path) -> schema.Result:
+    """The result, with what artifact and float twin keep in memory, or why that is not known."""
     run.progress.advance(0, None, "measure memory")
-    found = resident_bytes(target_name, (path, twin), run.options.threads)
-    return None if found is None else schema.Resident(bytes=found[0], float_bytes=found[1])
+    found = resident_bytes(result.target, (path, twin), run.options.threads)
+    if isinstance(found, str):
+        return result.model_copy(update={"resident_note": found})
+    return result.model_copy(update={"resident": schema.Resident(bytes=found[0], float_bytes=found[1])})
 
 
 def _result(

@@ -217,11 +217,15 @@ def bench(
     json: Json = False,
 ) -> None:
     """Latency of an artifact, in turns with its float twin: here, or on devices."""
+    from dataclasses import replace
+
     from convert.bench import bench as run
     from convert.console import show_bench, working
+    from convert.on_device import QUICK
     from targets.errands import Timing
 
-    timing = Timing(min_runs=runs or (100 if quick else 1024), min_seconds=seconds, sustained_minutes=sustained)
+    usual = QUICK if quick else Timing()
+    timing = replace(usual, min_runs=runs or usual.min_runs, min_seconds=seconds, sustained_minutes=sustained)
     with working(quiet=json) as progress:
         found = run(artifact, float_, timing, on=_split(on), threads=threads, progress=progress)
     show_bench(found, artifact, json)

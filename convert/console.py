@@ -203,16 +203,10 @@ def _row(result: "Result", labelled: bool) -> list[str]:
         f"{escape(result.device)}\n[dim]{result.target} {escape(result.recipe.removeprefix('auto: '))}[/dim]",
         drift,
         same,
-        _sizes(result.float_bytes, result.bytes) + _memory(result),
+        _sizes(result.float_bytes, result.bytes),
         _speed(result),
         placement,
     ]
-
-
-def _memory(result: "Result") -> str:
-    """What the two keep in memory, where it was measured."""
-    found = result.resident
-    return "" if found is None else f"\n[dim]RAM {_sizes(found.float_bytes, found.bytes)}[/dim]"
 
 
 def _sizes(before: int, after: int) -> str:

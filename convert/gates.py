@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from targets.errands.pack import can_be_carried
+
 from .errors import TightfitError
 from .report.runs import DeviceRun
 from .report.schema import Accuracy, GateResult, Latency, Result
@@ -38,6 +40,7 @@ class Gate:
     whole: bool = False
     low_fits: bool = False
     hint: str = ""
+    elsewhere: bool = False  # what a run at an address measures there
 
     def check_limit(self, limit: float) -> float:
         """`limit` itself; raises TightfitError when no value of the metric could ever pass or ever fail it."""
@@ -137,9 +140,17 @@ def _match(result: Result) -> Measured:
 
 _ACCURACY_HINT = "It is a share: 0.005 is half a percentage point."
 _ALL = (
-    Gate("min_sqnr_db", "the SQNR of the artifact in dB (0 dB: as much noise as signal)", True, 0, 160, _sqnr),
-    Gate("min_cosine", "the mean cosine with float", True, 0, 1, _cosine),
-    Gate("min_agreement", "the share of samples with the same top-1", True, 0, 1, _agreement),
+    Gate(
+        "min_sqnr_db",
+        "the SQNR of the artifact in dB (0 dB: as much noise as signal)",
+        True,
+        0,
+        160,
+        _sqnr,
+        elsewhere=True,
+    ),
+    Gate("min_cosine", "the mean cosine with float", True, 0, 1, _cosine, elsewhere=True),
+    Gate("min_agreement", "the share of samples with the same top-1", True, 0, 1, _agreement, elsewhere=True),
     Gate(
         "max_accuracy_drop",
         "float accuracy minus the artifact's",
@@ -160,7 +171,7 @@ _ALL = (
         low_fits=True,
         hint="It is a share of the class's samples: 0.05 is five percentage points.",
     ),
-    Gate("min_speedup", "float p50 / artifact p50", True, 0, 1000, _speedup),
+    Gate("min_speedup", "float p50 / artifact p50", True, 0, 1000, _speedup, elsewhere=True),
     Gate(
         "max_fallbacks",
         "the number of nodes that do not run as wanted",
@@ -180,10 +191,19 @@ _ALL = (
         2,
         lambda r: _plain(r.bytes / r.float_bytes),
     ),
-    Gate("max_p50_ms", "the median latency in ms", False, 0, 1e7, _percentile("p50_ms")),
-    Gate("max_p90_ms", "the 90th percentile of latency in ms", False, 0, 1e7, _percentile("p90_ms")),
-    Gate("max_p99_ms", "the 99th percentile of latency in ms", False, 0, 1e7, _percentile("p99_ms")),
-    Gate("max_instructions", "instructions per inference, emulated", False, 0, 1e15, _instructions, whole=True),
+    Gate("max_p50_ms", "the median latency in ms", False, 0, 1e7, _percentile("p50_ms"), elsewhere=True),
+    Gate("max_p90_ms", "the 90th percentile of latency in ms", False, 0, 1e7, _percentile("p90_ms"), elsewhere=True),
+    Gate("max_p99_ms", "the 99th percentile of latency in ms", False, 0, 1e7, _percentile("p99_ms"), elsewhere=True),
+    Gate(
+        "max_instructions",
+        "instructions per inference, emulated",
+        False,
+        0,
+        1e15,
+        _instructions,
+        whole=True,
+        elsewhere=True,
+    ),
     Gate(
         "require_match",
         "whether the artifact computes what the simulation does, within one output step (1: it does)",
@@ -218,6 +238,9 @@ class Budget:
                 gate = find(name)
                 if limit is not None:
                     gate.check_limit(limit)
+        for address, limits in self.on.items():
+            for name in limits:
+                _refuse_here_only(GATES[name], address)
 
     def limits(self, device: str, target: str) -> dict[str, float]:
         """The limits that hold for one result, in the order of GATES."""
@@ -238,6 +261,7 @@ class Budget:
 
     def check_sections(self, results: Iterable[Result]) -> None:
         """Raise TightfitError when a device or target named here has no result: its limits would judge nothing."""
+        results = list(results)
         there = {(r.device, r.target) for r in results}
         devices = {device for device, _ in there}
         missing = [name for name in self.devices if name not in devices]
@@ -248,6 +272,21 @@ class Budget:
                 f"the budget names {', '.join(missing)}, for which there is no result; there are {have}. "
                 "Correct the name, convert for it, or take the section out."
             )
+        if self.on and not any(can_be_carried(r.artifact) for r in results):
+            raise TightfitError(
+                f"the budget limits what is measured at {next(iter(self.on))}, where none of these artifacts can be "
+                "run; take the section out."
+            )
+
+
+def _refuse_here_only(gate: Gate, address: str) -> None:
+    """Raise TightfitError for a limit at an address on what no run there measures: it would judge this machine."""
+    if not gate.elsewhere:
+        there = ", ".join(g.name for g in GATES.values() if g.elsewhere)
+        raise TightfitError(
+            f'[on."{address}"] has {gate.name}, which a run at an address does not measure ({gate.metric}); put it '
+            f"under [gates]. What is measured there: {there}."
+        )
 
 
 def find(name: str) -> Gate:
@@ -269,8 +308,9 @@ def evaluate(result: Result, budget: Budget) -> list[GateResult]:
         _refuse_floor(name, limit, result)
         verdicts.append(judge(GATES[name], limit, result))
     verdicts += [_ran(result, run) for run in result.runs]
-    for address, limits in budget.on.items():
-        verdicts += _verdicts_on(result, address, limits)
+    if can_be_carried(result.artifact):
+        for address, limits in budget.on.items():
+            verdicts += _verdicts_on(result, address, limits)
     return verdicts
 
 

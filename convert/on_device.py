@@ -18,9 +18,9 @@ from convert.report.measures import Latency, Stage
 from convert.report.runs import BoardState, DeviceRun, HostAgreement, Instructions, SustainedPoint
 from convert.report.schema import Result
 from targets.errands import Answer, Errand, Timing, carry_out
-from targets.errands.pack import CARRIED, SOURCES, can_compile
+from targets.errands.pack import CARRIED, SOURCES, can_be_carried, can_compile
 from targets.errors import TargetError
-from targets.transports import Transport, find, opened
+from targets.transports import Transport, opened
 
 # Emulated float arithmetic takes seconds for 100 million multiplications; so many samples show what kernels do.
 EMULATED_SAMPLES = 32
@@ -79,7 +79,7 @@ def run_everywhere(
     What fails there is a run with its failure in words. Raises TightfitError where an address cannot be reached.
     """
     runs: dict[str, list[DeviceRun]] = {name: [] for name in subjects}
-    carried = {name: subject for name, subject in subjects.items() if subject.path.suffix in CARRIED}
+    carried = {name: subject for name, subject in subjects.items() if can_be_carried(subject.path)}
     for address in addresses:
         progress.stage(f"on {address}")
         with user_errors(), opened(address) as transport:
@@ -153,6 +153,16 @@ def on_devices(run: Run, results: Sequence[Result]) -> list[Result]:
     return [with_runs(result, runs[result.subject]) for result in results]
 
 
+def left_here(results: Sequence[Result], addresses: Sequence[str]) -> list[str]:
+    """One sentence for each result that could not be run at the addresses asked for."""
+    where = " and ".join(addresses)
+    return [
+        f"{r.subject}: not run at {where}: {Path(r.artifact).name} cannot be run elsewhere, only {', '.join(CARRIED)}."
+        for r in results
+        if addresses and not can_be_carried(r.artifact)
+    ]
+
+
 def judged(results: Sequence[Result], budget: Budget) -> list[Result]:
     """The results with the verdicts of `budget` on them, on what they did elsewhere too."""
     return [result.model_copy(update={"gates": tuple(evaluate(result, budget))}) for result in results]
@@ -161,12 +171,6 @@ def judged(results: Sequence[Result], budget: Budget) -> list[Result]:
 def _twin(folder: Path, result: Result) -> Path:
     artifact = folder / result.artifact
     return artifact.parent / "float" / artifact.name
-
-
-def emulates(address: str) -> bool:
-    """Whether an address is an emulated board; raises TightfitError for one that means nothing."""
-    with user_errors():
-        return find(address).emulated
 
 
 def _first(inputs: Batch, count: int, batch: int) -> Batch:

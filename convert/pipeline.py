@@ -17,7 +17,7 @@ from convert.compress import Builder
 from convert.data import hold_out, open_data, peek, synthetic_data
 from convert.embedding_stage import embedded
 from convert.errors import MissingDependency, TightfitError, user_errors
-from convert.on_device import judged, on_devices, refuse_unreachable
+from convert.on_device import judged, left_here, on_devices, refuse_unreachable
 from convert.options import Options, Run, Samples
 from convert.out_folder import written_whole
 from convert.progress import Progress, Silent
@@ -206,7 +206,8 @@ def _report(run: Run, results: list[schema.Result], seconds: float) -> schema.Re
         convert_seconds=seconds,
         peak_rss_mib=peak_rss_mib(),
     )
-    return report.model_copy(update={"warnings": tuple(warnings_of(report, (*captured.notes, *samples.notes)))})
+    notes = (*left_here(results, run.options.on), *captured.notes, *samples.notes)
+    return report.model_copy(update={"warnings": tuple(warnings_of(report, notes))})
 
 
 def peak_rss_mib() -> float:

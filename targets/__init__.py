@@ -84,7 +84,6 @@ class Target(Protocol):
     """How a graph becomes a file of one format, and how that file runs here."""
 
     suffix: str
-    quantizes_dynamically: bool
 
     def missing(self) -> str | None:
         """The pip command that brings what is not installed, or None."""

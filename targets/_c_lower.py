@@ -13,7 +13,7 @@ from calibrate import qdq
 from calibrate.simulation import integer_kernels, whole_steps
 
 from . import Job
-from ._c_program import Constant, Program, Store, Tensor
+from ._c_program import Program, Store, Tensor
 from .errors import TargetError
 
 CTYPES = {torch.float32: "float", torch.int8: "int8_t", torch.int64: "int64_t", torch.int32: "int32_t"}
@@ -317,11 +317,6 @@ def merged(
 def rows_of(shape: tuple[int, ...]) -> int:
     """How many rows a tensor has: all axes but the last."""
     return math.prod(shape[:-1])
-
-
-def home_of(tensor: Tensor) -> Store | Constant:
-    """Where a tensor lies."""
-    return tensor.home
 
 
 def _has_whole_bias(graph: GraphModule, node: Node, unit: torch.Tensor) -> bool:

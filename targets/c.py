@@ -29,7 +29,6 @@ class C:
     """The target; see the module docstring."""
 
     suffix = ".cnet"
-    quantizes_dynamically = False
 
     def missing(self) -> str | None:
         """None: writing C needs nothing. A compiler is looked for when an artifact is opened."""

@@ -18,7 +18,6 @@ class CoreMLTarget:
     """
 
     suffix = ".mlpackage"
-    quantizes_dynamically = False
 
     def missing(self) -> str | None:
         """The pip command that brings coremltools, or None."""

@@ -40,7 +40,6 @@ class OnnxTarget:
     """See `targets.Target`."""
 
     suffix = ".onnx"
-    quantizes_dynamically = True
 
     def missing(self) -> str | None:
         """The pip command that brings onnx, onnxscript and onnxruntime, or None."""

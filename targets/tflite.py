@@ -62,7 +62,6 @@ class TFLite:
     """The target; see the module docstring."""
 
     suffix = ".tflite"
-    quantizes_dynamically = True
 
     def missing(self) -> str | None:
         """The pip command that brings what is not installed, or None."""

@@ -215,9 +215,8 @@ class Result(Part):
     artifact: str = Field(description="Path of the artifact, relative to the report.")
     bytes: int = Field(ge=1, description="Size on disk of the artifact.")
     float_bytes: int = Field(ge=1, description="Size on disk of the float twin of the same format.")
-    resident: Resident | None = Field(
-        default=None, description="Memory here; null where no runtime of its kind runs in this process' system."
-    )
+    resident: Resident | None = Field(default=None, description="What both keep in memory here.")
+    resident_note: str | None = Field(default=None, description="Why that is not known.")
     recipe: str
     recipe_reason: str = Field(description="Why this recipe: asked for, or the profile's reason.")
     executor: str = Field(description="What ran the artifact here, with its version.")

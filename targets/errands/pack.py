@@ -21,6 +21,13 @@ AGENT, JOB, INPUTS = "agent.pyz", "job.json", "inputs.npz"
 VERSION = 1
 SOURCES = ".cnet"
 CARRIED = (".onnx", ".tflite", SOURCES)
+
+
+def can_be_carried(artifact: str | Path) -> bool:
+    """Whether an artifact of this name can be run elsewhere at all."""
+    return Path(artifact).suffix in CARRIED
+
+
 PACKAGE = "tightfit_agent"
 _SOURCE = Path(__file__).resolve().parents[1] / "agent"
 _START = f"import sys\n\nfrom {PACKAGE}.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
@@ -73,7 +80,7 @@ def packed(
 
 def _artifact(name: str, path: Path, threads: int) -> tuple[dict[str, Any], dict[str, Path]]:
     """The job's entry of a file, and the files to send for it."""
-    if path.suffix not in CARRIED:
+    if not can_be_carried(path):
         raise TargetError(
             f"{path.name} can't be run elsewhere: the agent takes {', '.join(CARRIED)}. A Core ML package "
             "runs on Apple's systems only."

@@ -206,7 +206,7 @@ def features(who: str, serial: str) -> set[str]:
 
 
 # Kinds of shell,v2 packets: one byte, a little-endian length of four, the data.
-STDOUT, STDERR, EXIT, CLOSE_STDIN = 1, 2, 3, 4
+STDOUT, STDERR, EXIT = 1, 2, 3
 
 
 def packets(link: Connection) -> Iterator[tuple[int, bytes]]:

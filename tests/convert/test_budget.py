@@ -41,6 +41,8 @@ def test_the_documented_form_is_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('version = 1\n[on."ssh://a"]\nmax_p50 = 1', "did you mean max_p50_ms"),
+        ('version = 1\n[on."ssh://a"]\nmax_accuracy_drop = 0.01', "a run at an address does not measure"),
+        ('version = 1\n[on."ssh://a"]\nmax_bytes = 5', "put it under \\[gates\\]"),
         ("version = 1\n[on]\nmax_p50_ms = 1", "must be a section of its own"),
         ("version = 1\n[gate]\nmin_sqnr_db = 1", "did you mean gates"),
         ("version = 1\n[gates]\nmin_sqnr = 1", "did you mean min_sqnr_db"),

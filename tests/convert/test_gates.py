@@ -244,3 +244,19 @@ def test_not_to_run_where_it_was_asked_to_is_a_failed_gate() -> None:
     assert not failed["runs"].passed
     assert failed["runs"].reason == "no runtime there"
     assert not failed["min_sqnr_db"].passed
+
+
+def test_limits_at_an_address_are_for_what_can_be_run_elsewhere() -> None:
+    package = {"artifact": "iphone-a17-pro/resnet20.mlpackage", "target": "coreml"}
+    made = Result.model_validate(result(**package))
+    budget = Budget(on={"ssh://pi": {"min_sqnr_db": 20.0}})
+    assert not [row for row in evaluate(made, budget) if "ssh://pi" in row.subject]
+    with pytest.raises(TightfitError, match="ssh://pi, where none of these artifacts can be run"):
+        budget.check_sections([made])
+    budget.check_sections([made, Result.model_validate(result())])
+
+
+@pytest.mark.parametrize("gate", [g.name for g in GATES.values() if not g.elsewhere])
+def test_a_limit_at_an_address_on_what_is_measured_here_alone_is_refused(gate: str) -> None:
+    with pytest.raises(TightfitError, match=f"{gate}, which a run at an address does not measure"):
+        Budget(on={"ssh://pi": {gate: None}})

@@ -6,14 +6,16 @@ from pathlib import Path
 import made_out
 import numpy as np
 import pytest
+from made_reports import result
 
 from convert.bench import bench
 from convert.check import check
 from convert.errors import MissingDependency, TightfitError
-from convert.on_device import QUICK, Subject, refuse_unreachable, run_everywhere, with_runs
+from convert.on_device import QUICK, Subject, left_here, refuse_unreachable, run_everywhere, with_runs
 from convert.progress import Silent
 from convert.record import read_record
 from convert.report.runs import DeviceRun
+from convert.report.schema import Result
 from targets import emulator
 
 HASTY = replace(QUICK, min_runs=20, min_seconds=0.0, warmup_seconds=0.0)
@@ -151,3 +153,10 @@ def test_emulated_boards_answer_as_this_machine_and_count_the_same_twice() -> No
     assert first[1].instructions is not None
     assert first[0].instructions.dot == 0
     assert (first[1].instructions.dot or 0) > 0
+
+
+def test_an_artifact_that_cannot_be_carried_is_told_of() -> None:
+    made = [Result.model_validate(result()), Result.model_validate(result(artifact="a/net.mlpackage", target="coreml"))]
+    (said,) = left_here(made, ["ssh://pi"])
+    assert "coreml: not run at ssh://pi: net.mlpackage cannot be run elsewhere" in said
+    assert left_here(made, []) == []

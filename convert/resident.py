@@ -20,26 +20,27 @@ from calibrate.samples import Batch
 SECONDS = 300
 # Whose sessions run in the process that opens them, by a runtime that devices have too.
 TARGETS = ("onnx", "tflite")
-PROGRAM = "import sys; from targets._resident import main; main(sys.argv[1:])"
+PROGRAM = "import sys; from convert.resident import main; main(sys.argv[1:])"
 
 
-def resident_bytes(target: str, paths: Sequence[Path], threads: int = 1) -> list[int] | None:
-    """Bytes that each artifact keeps resident, in a child process; None where that cannot be told.
-
-    That is another target than `TARGETS`, a system without /proc, and a child that fails or takes `SECONDS`.
-    """
-    if target not in TARGETS or not Path("/proc/self/statm").exists():
-        return None
+def resident_bytes(target: str, paths: Sequence[Path], threads: int = 1) -> list[int] | str:
+    """Bytes that each artifact keeps resident, in a child process; in words, why that cannot be told."""
+    if target not in TARGETS:
+        return "no runtime of devices runs it inside a process here"
+    if not Path("/proc/self/statm").exists():
+        return "this system has no /proc"
     command = [sys.executable, "-c", PROGRAM, target, str(threads), *map(str, paths)]
     here = str(Path(__file__).resolve().parents[1])
     known = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": here + (os.pathsep + known if known else "")}
     try:
-        said = subprocess.run(command, capture_output=True, env=environment, timeout=SECONDS, check=True).stdout
-        found = json.loads(said.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-    return [int(count) for count in found]
+        said = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, check=True)
+        return [int(count) for count in json.loads(said.stdout.splitlines()[-1])]
+    except subprocess.TimeoutExpired:
+        return f"loading and running took more than {SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"the process that measures it failed: {last}"
 
 
 def main(arguments: Sequence[str]) -> None:

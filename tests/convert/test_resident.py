@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from targets._resident import resident_bytes
+from convert.resident import resident_bytes
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ def matmul(path: Path, width: int, *, packed: bool = False) -> Path:
 def test_memory_follows_the_weights_and_the_runtime_itself_is_not_counted(tmp_path: Path) -> None:
     large, small = matmul(tmp_path / "large.onnx", 2048), matmul(tmp_path / "small.onnx", 16)
     found = resident_bytes("onnx", [large, small])
-    assert found is not None
+    assert isinstance(found, list), found
     # Runtimes keep a matrix once or, packed for their kernels, twice.
     assert 15 * MIB < found[0] < 40 * MIB
     assert found[1] < 4 * MIB
@@ -38,15 +38,17 @@ def test_memory_follows_the_weights_and_the_runtime_itself_is_not_counted(tmp_pa
 def test_weights_that_the_runtime_unpacks_count_as_what_they_become(tmp_path: Path) -> None:
     path = matmul(tmp_path / "packed.onnx", 2048, packed=True)
     found = resident_bytes("onnx", [path])
-    assert found is not None
+    assert isinstance(found, list), found
     assert found[0] > 3 * path.stat().st_size
 
 
 @pytest.mark.parametrize("target", ["coreml", "c"])
 def test_what_no_runtime_of_devices_runs_here_is_not_measured(target: str, tmp_path: Path) -> None:
-    assert resident_bytes(target, [tmp_path]) is None
+    assert resident_bytes(target, [tmp_path]) == "no runtime of devices runs it inside a process here"
 
 
-def test_a_file_that_does_not_load_has_no_number(tmp_path: Path) -> None:
+def test_a_file_that_does_not_load_has_a_reason_and_no_number(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    assert resident_bytes("onnx", [tmp_path / "broken.onnx"]) is None
+    why = resident_bytes("onnx", [tmp_path / "broken.onnx"])
+    assert isinstance(why, str)
+    assert "the process that measures it failed: " in why
