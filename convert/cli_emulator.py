@@ -13,7 +13,13 @@ app = typer.Typer(
 
 @app.command(epilog="Example: tightfit emulator build raspberry-pi-4b")
 def build(
-    board: Annotated[list[str], typer.Argument(metavar="BOARD...", help="`tightfit emulator list` names them.")],
+    board: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BOARD[/MORE]...",
+            help="`tightfit emulator list` names boards. MORE: tflite-runtime, the older runtime, or login, a shell.",
+        ),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a machine.")] = False,
 ) -> None:
     """Fetch a board's system and the emulator into the cache folder."""
@@ -30,12 +36,14 @@ def build(
                 progress.advance(done, total, what)
 
             with user_errors():
-                built[name] = str(emulator.build(name, advance))
+                which, *more = name.split("/")
+                built[name] = str(emulator.build(which, advance, more))
     if json:
         print_json(built)
         return
     for name, folder in built.items():
-        say(f"{name} is ready in {folder}. Use it: --on emulated:{name}")
+        use = name.removesuffix("/login")
+        say(f"{name} is ready in {folder}. Use it: --on emulated:{use}")
 
 
 @app.command("list", epilog="Example: tightfit emulator list")

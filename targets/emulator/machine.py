@@ -121,9 +121,7 @@ def login_command(name: str, home: Path) -> list[str]:
     machine = find(name)
     board = machine.board
     if "login" not in machine.extras:
-        raise MissingRuntime(
-            f"{name} was built without a shell; build it with targets.emulator.build({name!r}, extras=('login',))."
-        )
+        raise MissingRuntime(f"{name} was built without a shell: `{remedy(f'{name}/login')}` adds it.")
     if board.machine == os.uname().machine:
         raise TargetError(
             f"Nobody can log in to {name}: its programs are this machine's own, and would not be emulated."

@@ -6,8 +6,8 @@ Outputs and counts of instructions are the board's, as far as the emulator is ri
 from collections.abc import Sequence
 
 from targets.emulator.board import boards, load
-from targets.emulator.machine import PYTHON, RUNTIMES, TFLITE_RUNTIME, Machine, find
-from targets.errors import TargetError
+from targets.emulator.machine import PYTHON, RUNTIMES, TFLITE_RUNTIME, Machine, find, remedy
+from targets.errors import MissingRuntime, TargetError
 from targets.transports import INSTRUCTIONS
 from targets.transports.local import LocalTransport
 
@@ -38,10 +38,8 @@ class EmulatedTransport(LocalTransport):
         """Find the board, which must be built, and make the folder."""
         self._machine = machine = find(self._board)
         if not (machine.root / self._site).is_dir():
-            raise TargetError(
-                f"{self.address}: {self._board} was built without it. Build it with "
-                f"targets.emulator.build({self._board!r}, extras=('tflite-runtime',))."
-            )
+            wanted = self.address.removeprefix(SCHEME)
+            raise MissingRuntime(f"{self.address}: {self._board} was built without it; `{remedy(wanted)}` adds it.")
         self.counts = machine.plugin is not None
         self.processor = (machine.board.machine, machine.board.cpu.partition(",")[0])
         super().open()

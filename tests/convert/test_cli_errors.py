@@ -310,3 +310,8 @@ def test_doctor_names_what_is_missing_and_ends_with_3_only_for_the_core(
     said = tightfit("doctor")
     assert said.code == 3
     assert 'pip install "onnxscript>=0.5"' in said.out
+
+
+def test_a_board_that_is_not_there_and_what_cannot_be_added_to_one_are_named(tightfit: Tightfit, desk: Path) -> None:
+    refused(tightfit, desk, "emulator build raspberry-pi-4", "Did you mean 'raspberry-pi-4b'?")
+    refused(tightfit, desk, "emulator build raspberry-pi-4b/desktop", "nothing called 'desktop'", "tflite-runtime")

@@ -92,5 +92,5 @@ def test_a_board_with_a_part_of_another_version_is_built_again_with_words(cache:
 
 def test_a_login_needs_what_was_built_for_it(cache: Path, tmp_path: Path) -> None:
     made("raspberry-pi-5")
-    with pytest.raises(MissingRuntime, match="built without a shell"):
+    with pytest.raises(MissingRuntime, match="without a shell: `tightfit emulator build raspberry-pi-5/login`"):
         emulator.login_command("raspberry-pi-5", tmp_path / "home")
