@@ -59,6 +59,7 @@ def _entry(number: int, one: Given, result: Result, budget: Budget | None, curre
         current=current,
         places=(_host(result, one.report.environment.cpu), *(_place(run) for run in result.runs)),
         worst_layers=tuple(pictures.by_drift(result.drift)[:MOST_LAYERS]),
+        estimate=result.estimate,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, FiniteFloat, model_validator
 
 from ..measures import Latency, Part, Stage
-from ..runs import Instructions
+from ..runs import Estimate, Instructions
 from ..schema import GateResult, LayerDrift
 
 KIND: Literal["across"] = "across"
@@ -72,6 +72,7 @@ class Entry(Part):
     current: bool = Field(description="False where a folder given later has the same artifact, made again.")
     places: tuple[Place, ...] = Field(min_length=1, description="The host first, then every address.")
     worst_layers: tuple[LayerDrift, ...] = ()
+    estimate: Estimate | None = Field(default=None, description="Of the latency on the device: decides nothing.")
 
     @property
     def name(self) -> str:

@@ -42,6 +42,7 @@ def _row(entry: Entry, place: Place) -> dict[str, Any]:
         "speedup_low": low,
         "speedup_high": high,
         **{f"instructions_{name}": getattr(counted, name, None) for name in _INSTRUCTIONS},
+        **{f"estimate_{name}": getattr(entry.estimate, name, None) for name in ("low_ms", "mid_ms", "high_ms")},
         "energy_mj": place.energy_mj,
         "peak_rss_mib": place.peak_rss_mib,
     }

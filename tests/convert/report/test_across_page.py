@@ -1,5 +1,6 @@
 """The page across conversions: verdict, choices, pictures; and the schema that the documents show."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from three_devices import board_run, three_by_three
 from convert.report.across import pictures
 from convert.report.across.page import page, verdict
 from convert.report.across.schema import Across, Entry
+from convert.report.across.table import table
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -37,6 +39,20 @@ def test_the_verdict_names_the_device_that_has_nothing() -> None:
     made = of(pi("onnx"), result(device="raspberry-pi-5", instructions=None, gates=[gate]))
     assert verdict(made) == ("bad", "No artifact passed every gate for raspberry-pi-5; 1 of 2 have one")
     assert verdict(of(pi("onnx", gates=[])))[0] == "none"
+
+
+def test_an_estimate_stands_where_nothing_was_timed_and_decides_nothing() -> None:
+    guess = {"low_ms": 0.001, "mid_ms": 0.002, "high_ms": 0.003, "basis": "a fit", "fitted_on": 7}
+    counted = result(target="onnx", estimate=guess)
+    timed = result(target="tflite", estimate=guess, runs=[board_run(6.1, 14.0)])
+    made = of(counted, timed)
+    text = Text(page(made)).text
+    assert text.count("estimate 2.00 µs 1.00 µs to 3.00 µs, not measured") == 1
+    assert "6.10 ms" in text
+    alone = of(counted, pi("tflite", bytes=1))
+    assert [choice.entry for choice in alone.choices] == [2], "the smaller one, however fast the other is said to be"
+    rows = list(csv.DictReader(table(alone).splitlines()))
+    assert [row["estimate_mid_ms"] for row in rows] == ["0.002", ""]
 
 
 def test_two_models_are_told_apart() -> None:
