@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -21,6 +21,7 @@ import torch
 from binary_sizes_count import predicted, stored
 from binary_sizes_peers import HEAD as PEERS_HEAD
 from binary_sizes_peers import peer_rows
+from binary_sizes_row import HEAD, Row
 
 import targets
 from convert import recipes
@@ -29,7 +30,6 @@ from convert.compress import Builder, Compressed
 from convert.data import SampleSet, open_data, peek
 from convert.evaluation import judge
 from convert.planning import Decision, decide, planned
-from convert.report.schema import Match
 from convert.resident import resident_bytes
 from convert.results import match_of
 from device_profiles import load
@@ -47,51 +47,6 @@ DEVICES = {
 GOALS = {"binary": 12.0, "ternary": 8.0, "binary-planes": 8.0}
 # DeiT has random weights: its bytes count, and few samples of its size are to be had in a minute.
 CALIBRATED, JUDGED = {"deit": 4}, {"deit": 2}
-COLUMNS = ("model", "recipe", "format", "KiB", "float KiB", "ratio", "bits + scales KiB", "off by %")
-COLUMNS += (
-    "float's program KiB",
-    "off by %, with it",
-    "resident KiB",
-    "float's",
-    "equals simulation",
-    "weights stored as",
-)
-HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One artifact. `predicted`: bytes of codes, scales and what stays wide; `program`: what float's file holds beside
-    its numbers (operators, names); `resident`: (its, float's), None where no runtime here tells."""
-
-    model: str
-    recipe: str
-    target: str
-    bytes: int
-    float_bytes: int
-    predicted: float
-    program: float
-    resident: tuple[int, int] | None
-    match: Match
-    stored: str
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller than float32."""
-        return self.float_bytes / self.bytes
-
-    def _beyond(self, program: float) -> float:
-        """How many percent larger than predicted, with `program` bytes beside the numbers."""
-        return 100 * (self.bytes / (self.predicted + program) - 1)
-
-    def __str__(self) -> str:
-        sizes = f"{self.bytes / 1024:.1f} | {self.float_bytes / 1024:.1f} | {self.ratio:.1f} | "
-        sizes += f"{self.predicted / 1024:.1f} | {self._beyond(0):+.1f} | "
-        sizes += f"{self.program / 1024:.1f} | {self._beyond(self.program):+.1f}"
-        kept = "- | -" if self.resident is None else " | ".join(f"{r / 1024:.0f}" for r in self.resident)
-        return (
-            f"| {self.model} | {self.recipe} | {self.target} | {sizes} | {kept} | {_told(self.match)} | {self.stored} |"
-        )
 
 
 def main() -> None:
@@ -132,11 +87,11 @@ def _study(model: str, captured: Captured, folder: Path, options: argparse.Names
 
 
 def _row(model: str, captured: Captured, recipe: str, target: str, twin: Path, folder: Path) -> Row:
-    made = _made(model, captured, recipe, target, CALIBRATED.get(model, 64), folder)
+    made = _made(model, captured, recipe, target, CALIBRATED.get(model, 16), folder)
     path = folder / f"{model}-{recipe}{targets.find(target).suffix}"
     _lower(captured, made.decision, made.graph, path)
     session = targets.find(target).open(path, threads=1)
-    judged = judge(captured, made, session, _data(model, "test_2000", captured, folder, JUDGED.get(model, 8)), 1)
+    judged = judge(captured, made, session, _data(model, "test_2000", captured, folder, JUDGED.get(model, 4)), 1)
     kept = resident_bytes(target, (path, twin))
     return Row(
         model,
@@ -145,7 +100,6 @@ def _row(model: str, captured: Captured, recipe: str, target: str, twin: Path, f
         targets.artifact_bytes(path),
         targets.artifact_bytes(twin),
         predicted(made.graph, half=made.decision.compute == "float16"),
-        targets.artifact_bytes(twin) - predicted(captured.graph),
         None if isinstance(kept, str) else (kept[0], kept[1]),
         match_of(made, judged),
         stored(path, target),
@@ -176,14 +130,6 @@ def _lower(captured: Captured, decision: Decision, graph: torch.fx.GraphModule, 
     inputs = tuple(replace(i, shape=(1, *i.shape[1:])) for i in captured.inputs)
     job = Job(captured.name, graph, inputs, captured.outputs, decision.rules, decision.compute)
     targets.find(decision.rules.target).lower(job, path)
-
-
-def _told(match: Match) -> str:
-    """How far the artifact is from its simulation."""
-    if match.exact:
-        return "exactly"
-    verdict = "yes" if match.within_one_step else "NO"
-    return f"{verdict}: {match.max_abs:.1e}, step {match.output_step:.1e}, {100 * match.share_equal:.0f} % equal"
 
 
 def _verdicts(rows: list[Row]) -> list[str]:

@@ -21,9 +21,11 @@ def predicted(graph: GraphModule, half: bool = False) -> float:
     """Bytes of a file that holds nothing but numbers; `half`: scales and float constants take two bytes, not four.
 
     A weight whose rows use two of their codes counts one bit each and one scale per row; four codes, two bits and two
-    scales, but ternary one; any other weight the bits its codes are given and the scales it has.
+    scales, but ternary one; any other weight the bits its codes are given and the scales it has. Constants that are
+    equal count once: files share them.
     """
     counted: set[str] = set()
+    seen: set[tuple[str, bytes]] = set()
     total = 0.0
     for codes, scales, zeros, bits in _weights(graph):
         if str(codes.target) in counted:
@@ -36,10 +38,18 @@ def predicted(graph: GraphModule, half: bool = False) -> float:
         if is_constant(node) and node.users and str(node.target) not in counted:
             counted.add(str(node.target))
             value = constant(graph, node)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and _is_new(value, seen):
                 size = 2 if half and value.is_floating_point() else value.element_size()
                 total += value.numel() * size
     return total
+
+
+def _is_new(value: Tensor, seen: set[tuple[str, bytes]]) -> bool:
+    """Whether no equal constant was counted; notes this one."""
+    key = (f"{value.dtype} {tuple(value.shape)}", value.contiguous().numpy().tobytes())
+    fresh = key not in seen
+    seen.add(key)
+    return fresh
 
 
 def _weights(graph: GraphModule) -> Iterator[tuple[Node, Node, Node | None, int]]:
