@@ -6,6 +6,7 @@ And what a file itself says it stores its layers' weights as.
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -113,8 +114,13 @@ def _tflite_forms(path: Path) -> Counter[str]:
         and types[t.type] in FORMS
         and len(t.shape) >= 2
         and t.shape[0] > 1
-        and file.model.buffers[t.buffer].data is not None
+        and _is_held(file.model.buffers[t.buffer])
     )
+
+
+def _is_held(buffer: Any) -> bool:
+    """Whether a TFLite buffer has bytes, in the flatbuffer or behind it."""
+    return buffer.data is not None or buffer.offset > 1
 
 
 def _coreml_forms(path: Path) -> Counter[str]:

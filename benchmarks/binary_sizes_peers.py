@@ -33,7 +33,7 @@ def matmul_nbits(twin: Path, path: Path) -> None:
     work.model.save_model_to_file(str(path))
 
 
-def ai_edge(how: str) -> Callable[[Path, Path], None]:
+def ai_edge(how: str, operators: str = "ALL_SUPPORTED") -> Callable[[Path, Path], None]:
     """The AI Edge Quantizer at 2 bits per channel, min-max; `how`: "dynamic" or "weight_only"."""
 
     def convert(twin: Path, path: Path) -> None:
@@ -41,7 +41,7 @@ def ai_edge(how: str) -> Callable[[Path, Path], None]:
 
         recipe = recipe_manager.RecipeManager()
         add = getattr(recipe, f"add_{how}_config")
-        add(regex=".*", operation_name=qtyping.TFLOperationName.ALL_SUPPORTED, num_bits=2)
+        add(regex=".*", operation_name=qtyping.TFLOperationName[operators], num_bits=2)
         work = quantizer.Quantizer(str(twin), recipe.get_quantization_recipe())
         path.write_bytes(work.quantize().quantized_model)
 
@@ -51,6 +51,8 @@ def ai_edge(how: str) -> Callable[[Path, Path], None]:
 PEERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "MatMulNBits, nearest": ("onnx", matmul_nbits),
     "ai-edge-quantizer, dynamic": ("tflite", ai_edge("dynamic")),
+    # LiteRT's INT2 convolution gives NaN, so its best is linear layers alone.
+    "ai-edge-quantizer, dynamic, linear layers": ("tflite", ai_edge("dynamic", "FULLY_CONNECTED")),
     "ai-edge-quantizer, weights only": ("tflite", ai_edge("weight_only")),
 }
 
