@@ -73,9 +73,9 @@ def load(text: str) -> Recipe:
         raise TightfitError(f"recipe '{text}' asks for {' and '.join(sorted(computes))} at once; name one of them")
     quantizing = [s for s in steps if quantizes(s)]
     if len(quantizing) > 1:
-        raise TightfitError(
-            f"recipe '{text}' quantizes the same layers twice ({', '.join(quantizing)}); name one of them"
-        )
+        own = [part.name for part in parts if QUANTIZE in part.steps]
+        way = f"{own[0]} already quantizes as the device's profile picks: name it alone" if own else "name one of them"
+        raise TightfitError(f"recipe '{text}' quantizes the same layers twice ({', '.join(quantizing)}); {way}")
     formats = {part.weight for part in parts if part.weight != WeightFormat()}
     if len(formats) > 1:
         raise TightfitError(f"recipe '{text}' asks for weights in two formats at once; name one of them")

@@ -73,3 +73,21 @@ def test_auto_never_tries_signs_for_activations(cnn: torch.fx.GraphModule) -> No
     for device in names():
         profile = load(device)
         assert "binarize_activations" not in decide(cnn, profile, profile.default_target, "auto").plan.steps
+
+
+def test_auto_joined_with_bits_of_embeddings_says_that_they_quantize_already(cnn: torch.fx.GraphModule) -> None:
+    with pytest.raises(TightfitError, match="binary-embedding already quantizes as the device's profile picks"):
+        decide(cnn, load("raspberry-pi-5"), "tflite", "auto+binary-embedding")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_device_plans_them_or_names_a_recipe_it_has(name: str, cnn: torch.fx.GraphModule) -> None:
+    from device_profiles import names
+
+    for device in names():
+        profile = load(device)
+        if profile.rules(profile.default_target).runtime in ("tensorrt", "edgetpu"):
+            with pytest.raises(TightfitError, match=rf"^{device} .* use --recipe"):
+                decide(cnn, profile, profile.default_target, name)
+        else:
+            assert "binarize" in decide(cnn, profile, profile.default_target, name).plan.steps
