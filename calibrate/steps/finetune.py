@@ -41,6 +41,7 @@ class Finetune:
 
     exact = False
     refines = True
+    repeats = True
     defaults: ClassVar[dict[str, Any]] = {
         "iterations": 200,
         "lr": 0.01,

@@ -1,4 +1,4 @@
-"""Judges of training: classes by divergence whatever their scores' size, other outputs by dB, worse is told as worse."""
+"""Judges of training: classes by divergence whatever their scores' size, other outputs by dB, worse is worse."""
 
 import math
 
