@@ -31,7 +31,7 @@ def _read_floats(graph: GraphModule, layer: CodedLayer, weight: Node) -> None:
     geometry = node.args[4:8] if node.target is qdq.DYNAMIC_CONV2D else ()
     with graph.graph.inserting_before(node):
         args = (node.args[0], weight, node.args[3], *geometry)
-        plain = graph.graph.call_function(FLOAT[node.target], args)  # type: ignore[index]
+        plain = graph.graph.call_function(FLOAT[node.target], args)
     plain.meta = {"layer": layer.name, **node.meta}
     node.replace_all_uses_with(plain)
     graph.graph.erase_node(node)

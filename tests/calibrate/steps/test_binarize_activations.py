@@ -222,6 +222,20 @@ def test_training_comes_closer_to_float_and_moves_thresholds_and_scales(surrogat
     assert not any(torch.equal(a, b) for a, b in zip(start, numbers(graph), strict=True))
 
 
+def test_stages_train_signs_of_activations_first_and_then_those_of_the_weights_so_trained() -> None:
+    told: dict[str, Any] = {"batch": 16, "lr": 0.02, "surrogate": "bireal"}
+    stages: dict[str, Any] = {"finetune:signs": {**told, "iterations": 40}, "finetune": {**told, "iterations": 30}}
+    settled = {STEP: {"ends": False}, "binarize": {"ends": False, "source": "graph"}}
+    graph, setting = restless({**stages, **settled})
+    steps.apply(STEP, graph, setting)
+    (first,) = steps.apply("finetune:signs", graph, setting)
+    assert first.action.startswith("trained")
+    assert first.reason.endswith("after 40 steps")
+    steps.apply("binarize", graph, setting)
+    (second,) = steps.apply("finetune", graph, setting)
+    assert second.reason.endswith("after 30 steps")
+
+
 def test_what_training_did_not_improve_is_put_back() -> None:
     graph, setting, _ = binary()
     setting.plan = replace(setting.plan, parameters={"finetune": {"iterations": 0}})
