@@ -30,7 +30,8 @@ class Lesson:
     """How far `learner` is from `teacher`, both whole graphs with the same inputs and outputs.
 
     `exits`: (node of the learner, node of the teacher) where a block ends, in order; `blocks` weighs their distance.
-    `labels` weighs the cross entropy of the first output [N, classes] with class indices.
+    `labels` weighs the cross entropy of the first output [N, classes] with class indices. Without `squares` scores of
+    classes are not held to the teacher's numbers besides.
     """
 
     learner: Runner
@@ -38,6 +39,7 @@ class Lesson:
     exits: Sequence[tuple[Node, Node]] = ()
     blocks: float = 0.0
     labels: float = 0.0
+    squares: bool = True
 
     def loss(self, inputs: Sequence[Tensor], classes: Tensor | None = None, teaching: Teaching | None = None) -> Tensor:
         """The loss on one batch: distance of outputs, of block outputs, and from labels, float32 []."""
@@ -55,7 +57,7 @@ class Lesson:
         self.learner.run(self.learner.nodes[start:], got)
         loss = torch.stack(
             [
-                distance(got[mine], wanted[theirs])
+                distance(got[mine], wanted[theirs], self.squares)
                 for mine, theirs in zip(self.learner.outputs, self.teacher.outputs, strict=True)
                 if wanted[theirs].is_floating_point()
             ]
@@ -68,8 +70,10 @@ class Lesson:
         return loss
 
     def mean(self, batches: Sequence[Sequence[Tensor]], classes: Sequence[Tensor | None]) -> float:
-        """The mean over all samples of the loss of outputs and labels; block outputs are no aim of their own."""
-        answers = Lesson(self.learner, self.teacher, labels=self.labels)
+        """The mean over all samples of what answers are judged by: the loss of labels, and the distance of outputs, of
+        classes their divergence alone. Block outputs and squared errors of scores only help to learn.
+        """
+        answers = Lesson(self.learner, self.teacher, labels=self.labels, squares=False)
         total, count = 0.0, 0
         with torch.no_grad():
             for inputs, indices in zip(batches, classes, strict=True):
@@ -84,12 +88,22 @@ def relative(got: Tensor, wanted: Tensor) -> Tensor:
     return (got - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
 
 
-def distance(got: Tensor, wanted: Tensor) -> Tensor:
-    """Divergence of class probabilities for logits [N, classes > 1], else cosine distance; plus the squared error."""
-    if wanted.dim() == 2 and wanted.shape[1] > 1:
-        ours, theirs = torch.log_softmax(got, 1), torch.log_softmax(wanted, 1)
-        apart = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    else:
-        flat, reference = got.reshape(len(got), -1), wanted.reshape(len(wanted), -1)
-        apart = 1 - torch.nn.functional.cosine_similarity(flat, reference).mean()
-    return apart + relative(got, wanted)
+def scores_classes(wanted: Tensor) -> bool:
+    """Whether an output is taken for scores of classes: [N, classes > 1]."""
+    return wanted.dim() == 2 and wanted.shape[1] > 1
+
+
+def divergence(got: Tensor, wanted: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of class probabilities from those wanted; logits [N, classes], the mean over N."""
+    ours, theirs = torch.log_softmax(got, 1), torch.log_softmax(wanted, 1)
+    return torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def distance(got: Tensor, wanted: Tensor, squares: bool = True) -> Tensor:
+    """Divergence of class probabilities for logits [N, classes > 1], else cosine distance; plus the squared error,
+    which logits have only with `squares`."""
+    if scores_classes(wanted):
+        apart = divergence(got, wanted)
+        return apart + relative(got, wanted) if squares else apart
+    flat, reference = got.reshape(len(got), -1), wanted.reshape(len(wanted), -1)
+    return 1 - torch.nn.functional.cosine_similarity(flat, reference).mean() + relative(got, wanted)

@@ -104,12 +104,16 @@ def test_a_table_that_is_out_of_date_would_be_noticed(tables: ModuleType) -> Non
     assert tables.renewed(text) != text
 
 
-def test_the_recipe_of_the_manual_can_be_read(tmp_path: Path) -> None:
+def test_the_recipes_of_the_manual_can_be_read(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (block,) = [b["text"] for b in BLOCK.finditer(text) if b["language"] == "toml"]
-    path = tmp_path / "mine.toml"
-    path.write_text(block)
-    assert recipes.load(str(path)).compute == "float16"
+    found = []
+    for block in (b["text"] for b in BLOCK.finditer(text) if b["language"] == "toml"):
+        path = tmp_path / "mine.toml"
+        path.write_text(block)
+        found.append(recipes.load(str(path)))
+    assert found[0].compute == "float16"
+    assert found[1].steps.count("finetune:signs") == 1
+    assert found[1].parameters["binarize"]["source"] == "graph"
 
 
 def test_the_preprocessing_of_the_manual_is_the_one_the_code_shows() -> None:

@@ -58,6 +58,7 @@ class Step(Protocol):
 
     `exact`: the float function is unchanged. `defaults`, where a step has them: its parameters and their default
     values, which a recipe may set. `refines`, where true: the step improves a graph that is quantized already.
+    `repeats`, where true: a recipe may name it several times, told apart by what follows a colon (`finetune:signs`).
     """
 
     exact: bool
@@ -74,9 +75,19 @@ def names() -> list[str]:
     return registry.names(__path__)
 
 
+def bare(name: str) -> str:
+    """The step's own name: `finetune` of `finetune:signs`."""
+    return name.partition(":")[0]
+
+
+def repeats(name: str) -> bool:
+    """Whether a recipe may name the step several times."""
+    return bool(getattr(find(name), "repeats", False))
+
+
 def find(name: str) -> Step:
-    """The step called `name`. Raises CalibrationError when there is none."""
-    found: Step = registry.find(__name__, __path__, name, "STEP", "step")
+    """The step called `name`, or so before a colon. Raises CalibrationError when there is none."""
+    found: Step = registry.find(__name__, __path__, bare(name), "STEP", "step")
     return found
 
 

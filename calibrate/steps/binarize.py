@@ -13,6 +13,7 @@ from calibrate import qdq
 from calibrate.binarize import Binarized
 from calibrate.binarized_codes import Stored, stored
 from calibrate.coded import CodedLayer, coded_layers
+from calibrate.decoded import decoded
 from calibrate.errors import CalibrationError
 from calibrate.graph import chooses_tokens, constant, is_weighted, kept_float, kind, layer_name, weight_nodes
 from calibrate.hessian import gram, ridge
@@ -29,6 +30,7 @@ SHORTEST_ROW = 16
 # A float layer of fewer weights saves less than its scales cost.
 SMALLEST = 256
 TARGETS = ("layer", "float")
+SOURCES = ("float", "graph")
 # The relative output error, on samples kept aside, above which the ledger warns.
 POOR = 0.1
 # Positions per layer: four times what rounding looks at, as scales and levels are fitted to them.
@@ -43,6 +45,9 @@ class Binarize:
     error made up for by the others (arXiv 2210.17323), scales and levels in turns under the inputs' second moments, and
     the bias takes the mean that is left.
 
+    `source` "float": all that is the float model's weights and outputs. "graph": those the graph has when the step
+    begins, for weights that were trained behind signs of activations already and are no longer the float model's.
+
     What stays at 8 bits: the first and the last layer (`ends` = false binarizes them too), layers named in `wide`,
     rows of fewer than 16 weights, and, with `gate`, layers whose output error on samples kept aside is above that share
     of the output's power. `largest`: the largest code that may stand for a level, 0 for what the plan allows; 7 where
@@ -55,6 +60,7 @@ class Binarize:
         "method": "sign",
         "options": {},
         "target": "float",
+        "source": "float",
         "damping": 0.01,
         "ridge": 0.1,
         "samples": 512,
@@ -74,8 +80,9 @@ class Binarize:
             return [Entry(NAME, "model", "left alone", "no layer of it has coded weights")]
         assert context.float_graph is not None
         weighted = [layer_name(n) for n in context.float_graph.graph.nodes if is_weighted(n)]
-        work = _Work(graph, context, wish, names, {weighted[0], weighted[-1]}, ledger)
-        walk(context.float_graph, graph, some(context.batches(), int(wish["samples"])), work.visit)
+        reference = context.float_graph if wish["source"] == "float" else decoded(graph)
+        work = _Work(graph, reference, context, wish, names, {weighted[0], weighted[-1]}, ledger)
+        walk(reference, graph, some(context.batches(), int(wish["samples"])), work.visit)
         graph.recompile()
         return work.ledger
 
@@ -122,6 +129,8 @@ def _check(wish: Mapping[str, Any], names: list[str]) -> None:
     found = binarizers.find(wish["method"])
     if wish["target"] not in TARGETS:
         raise CalibrationError(f"{NAME} has no target {wish['target']!r}: use {' or '.join(TARGETS)}")
+    if wish["source"] not in SOURCES:
+        raise CalibrationError(f"{NAME} has no source {wish['source']!r}: use {' or '.join(SOURCES)}")
     unknown = [key for key in wish["options"] if key not in found.defaults]
     if unknown:
         there = ", ".join(found.defaults) or "none"
@@ -138,6 +147,7 @@ class _Work:
     """One pass over the layers; collects the ledger."""
 
     graph: GraphModule
+    reference: GraphModule
     context: Context
     wish: Mapping[str, Any]
     names: list[str]
@@ -149,15 +159,13 @@ class _Work:
         """Binarize one layer, or say why it keeps its 8 bits."""
         layer = found.layer
         reason = self._wide(layer)
-        reference = self.context.float_graph
-        assert reference is not None
         if reason is None:
-            reason = refusal(self.graph, reference, found)
+            reason = refusal(self.graph, self.reference, found)
         if reason is None and not own_bias(layer):
             reason = COMPUTED
         if reason is None:
             seed = self.context.seed + self.done
-            entry = self._binarize(problem(self.graph, reference, found, seed, ROWS))
+            entry = self._binarize(problem(self.graph, self.reference, found, seed, ROWS))
         else:
             entry = Entry(NAME, layer.name, f"left at {layer.bits} bits", reason)
         self.ledger.append(entry)

@@ -14,13 +14,12 @@ from calibrate.steps import Context
 from calibrate.surrogates import SURROGATES
 from calibrate.training import Runner
 from calibrate.training_clock import Clock
+from calibrate.training_judge import standing
 from calibrate.training_loss import Lesson, Teaching
 from calibrate.training_model import Student
-from calibrate.training_samples import TOO_FEW, Rows, Samples, output_db
+from calibrate.training_samples import TOO_FEW, Rows, Samples
 
 NAME = "finetune"
-DB, LOSS = "dB", "loss"
-DIGITS = {DB: 1, LOSS: 3}
 
 
 class Finetune:
@@ -34,13 +33,15 @@ class Finetune:
     rounding that did harm, so it is off. Zero points stay, and tensors that share a scale go on sharing
     it. `surrogate` names the gradient of signs (`calibrate/surrogates.py`).
 
-    The epoch that did best on held-out samples is kept. All is rolled back where the model's output did not come
-    closer to float on them, or with `labels`, where their loss did not fall. Random choices come from the context's
-    seed; two runs differ only where `time_limit_s` cut one short, which the ledger then says.
+    The epoch that did best on held-out samples is kept. All is rolled back where the model did not come closer to float
+    on them (`calibrate/training_judge.py`: classes by divergence, other outputs by dB), or with `labels`, where their
+    loss did not fall. Random choices come from the context's seed; two runs differ only where `time_limit_s` cut one
+    short, which the ledger then says.
     """
 
     exact = False
     refines = True
+    repeats = True
     defaults: ClassVar[dict[str, Any]] = {
         "iterations": 200,
         "lr": 0.01,
@@ -65,16 +66,16 @@ class Finetune:
         student = Student(graph, context.plan, surrogate)
         if not student.parameters():
             return [Entry(NAME, "model", "left alone", "no layer has a weight in codes to train")]
-        if float(context.parameters["labels"]):
+        weight = float(context.parameters["labels"])
+        if weight:
             _refuse_useless(context.labels, graph)
-        before, _ = _standing(graph, reference, samples, context)
+        before = standing(graph, reference, samples, weight)
         clock = _train(graph, reference, student, samples, context)
         student.store()
         graph.recompile()  # other arguments of nodes, not only other constants
-        after, unit = _standing(graph, reference, samples, context)
-        change = f"{before:.{DIGITS[unit]}f} -> {after:.{DIGITS[unit]}f} {unit} on held-out samples"
-        change += f" after {clock.taken} steps{clock.note()}"
-        if not (after > before if unit == DB else after < before):
+        after = standing(graph, reference, samples, weight)
+        change = f"{after.since(before)} after {clock.taken} steps{clock.note()}"
+        if not after.beats(before):
             student.restore()
             return [Entry(NAME, "model", "left alone", f"rolled back: {change}")]
         return [Entry(NAME, "model", f"trained {student.summary()}", change)]
@@ -102,15 +103,6 @@ def _refuse_useless(labels: Tensor | None, graph: GraphModule) -> None:
             f"the calibration data has a label {int(labels.max())}, but the model has {shape[1]} classes, 0 to "
             f"{shape[1] - 1}: give the labels this model was trained with"
         )
-
-
-def _standing(graph: GraphModule, reference: GraphModule, samples: Samples, context: Context) -> tuple[float, str]:
-    """How `graph` as it is stored does on the held-out samples in what was asked for, and the unit of that number."""
-    weight = float(context.parameters["labels"])
-    if not weight:
-        return output_db(reference, graph, samples.held), DB
-    lesson = Lesson(Runner(graph, {}), Runner(reference, {}), labels=weight)
-    return lesson.mean(samples.held, samples.held_classes), LOSS
 
 
 def _train(graph: GraphModule, reference: GraphModule, student: Student, samples: Samples, context: Context) -> Clock:

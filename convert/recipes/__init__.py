@@ -39,8 +39,9 @@ class Recipe:
 
     `weight`: the format of weights. `activation_bits`: 8, or 16 where the runtime has such kernels. `ends_bits`: the
     bits of the first and the last layer with weights, None for those of all. `tables_group`: the group of embedding
-    tables whose width it divides, None for that of all. `parameters`: what steps are told.
-    `search`: "mixed", layers get formats of their own under a budget. `tokens`: what is cut out before the steps.
+    tables whose width it divides, None for that of all. `parameters`: what steps are told. Runs of
+    one step are told apart by words after a colon (`finetune:signs`), there and in `steps`. `search`: "mixed", layers
+    get formats of their own under a budget. `tokens`: what is cut out before the steps.
     """
 
     name: str
@@ -62,7 +63,7 @@ def names() -> list[str]:
 
 
 def load(text: str) -> Recipe:
-    """Read `NAME[+NAME...]` or the path of a TOML file. Joined recipes run their steps in turn, each once.
+    """Read `NAME[+NAME...]` or the path of a TOML file. Joined recipes run their steps in turn, those they share once.
 
     Raises TightfitError for an unknown name, a bad file, or recipes that exclude each other.
     """
@@ -144,10 +145,11 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
         raise TightfitError(f"the recipe file {path} needs `steps`, a list of names as `tightfit steps` shows them")
     for step in steps:
-        if step != QUANTIZE and step not in known_steps.names():
+        if step != QUANTIZE and known_steps.bare(step) not in known_steps.names():
             close = get_close_matches(step, known_steps.names(), 1)
             hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known_steps.names())}"
             raise TightfitError(f"the recipe file {path} names a step '{step}' that does not exist; {hint}")
+    _refuse_repeated(path, steps)
     compute = content.get("compute")
     if compute not in (None, "float16", "float32"):
         raise TightfitError(f'the recipe file {path} has compute = {compute!r}; it takes "float16" or "float32"')
@@ -164,6 +166,25 @@ def _checked(path: Path, content: dict[str, object]) -> Recipe:
         _tokens(path, content["tokens"]) if "tokens" in content else None,
         _one_of(path, "tables_group", content["tables_group"], (32, 64, 128)) if "tables_group" in content else None,
     )
+
+
+def _refuse_repeated(path: Path, steps: list[str]) -> None:
+    """Raise TightfitError for a step named twice, and for a step with words after a colon that runs but once."""
+    from calibrate import steps as known_steps
+
+    twice = next((s for s in steps if steps.count(s) > 1), None)
+    if twice is not None:
+        raise TightfitError(
+            f"the recipe file {path} names the step {twice} twice: name it once, or, where it is finetune, tell the "
+            "runs apart by words after a colon, such as finetune:signs, each with its own [parameters]"
+        )
+    for step in steps:
+        name = known_steps.bare(step)
+        if step != name and (step == f"{name}:" or not known_steps.repeats(name)):
+            raise TightfitError(
+                f"the recipe file {path} names a step '{step}': words after a colon tell runs of one step apart, and "
+                f"are for steps that may run several times, such as finetune:signs; write {name}"
+            )
 
 
 def _one_of(path: Path, key: str, value: Any, allowed: tuple[Any, ...]) -> Any:

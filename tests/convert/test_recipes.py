@@ -135,3 +135,35 @@ def test_options_for_tokens_that_contradict_each_other_are_refused(changes: dict
 )
 def test_options_that_go_together_are_taken(changes: dict[str, object]) -> None:
     refuse_contradictions(replace(ASKED, **changes))  # type: ignore[arg-type]
+
+
+STAGES = """steps = ["quantize_static", "binarize_activations", "finetune:signs", "binarize", "finetune"]
+[parameters."finetune:signs"]
+iterations = 7
+[parameters.finetune]
+iterations = 9
+"""
+
+
+def test_a_step_named_twice_keeps_its_places_and_its_own_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(STAGES)
+    found = load(str(path))
+    assert found.steps == ("quantize_static", "binarize_activations", "finetune:signs", "binarize", "finetune")
+    assert [found.parameters[s]["iterations"] for s in found.steps if s.startswith("finetune")] == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ('["quantize_static", "finetune", "finetune"]', "names the step finetune twice: .*such as finetune:signs"),
+        ('["quantize_static", "binarize:late"]', "are for steps that may run several times, .*; write binarize"),
+        ('["quantize_static", "finetune:"]', "write finetune"),
+        ('["quantize_static", "finetunes:late"]', "a step 'finetunes:late' that does not exist"),
+    ],
+)
+def test_names_that_would_not_run_as_written_are_refused(steps: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"steps = {steps}\n")
+    with pytest.raises(TightfitError, match=words):
+        load(str(path))

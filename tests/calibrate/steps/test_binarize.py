@@ -185,3 +185,31 @@ def test_what_cannot_be_done_is_refused_with_what_to_do(told: dict[str, object],
 def test_without_a_quantizing_step_before_it_says_so() -> None:
     with pytest.raises(CalibrationError, match="put a quantizing step before it"):
         steps.apply("binarize", cnn(), context(WEIGHTS, *batches()))
+
+
+@pytest.mark.parametrize("plan", [STATIC, DYNAMIC, WEIGHTS], ids=["static", "dynamic", "weights"])
+def test_signs_of_trained_weights_are_fitted_to_those_and_not_to_the_float_model(plan: Plan) -> None:
+    # Training that turned every weight of a layer and its bias around: signs of float weights are then all wrong.
+    turned: dict[str, GraphModule] = {}
+    for source in ("float", "graph"):
+        setting = context(replace(plan, parameters={"binarize": {"source": source, "target": "layer"}}), *batches())
+        made = network()
+        steps.apply(plan.steps[0], made, setting)
+        (layer,) = [x for x in coded_layers(made) if x.name == "7"]
+        layer.set_codes(made, -constant(made, layer.codes))
+        assert layer.bias is not None
+        layer.set_bias(made, -constant(made, layer.bias), plan.int32_bias)
+        before = run(made, [pictures()])[0]
+        steps.apply("binarize", made, setting)
+        turned[source] = made
+        if source == "graph":
+            error = (run(made, [pictures()])[0] - before).square().sum() / before.square().sum()
+    signs = {s: next(constant(g, x.codes) for x in coded_layers(g) if x.name == "7") for s, g in turned.items()}
+    assert float((signs["float"] == -signs["graph"]).double().mean()) > 0.75  # errors carried turn small ones
+    wrong = (run(turned["float"], [pictures()])[0] - before).square().sum() / before.square().sum()
+    assert error < 0.5 * wrong
+
+
+def test_a_source_that_there_is_not_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="binarize has no source 'mine': use float or graph"):
+        binarized(STATIC, source="mine")

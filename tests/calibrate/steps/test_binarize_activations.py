@@ -20,7 +20,9 @@ from calibrate.plan import Entry
 from calibrate.samples import InputSpec
 from calibrate.simulation import simulate
 from calibrate.steps import Context
+from calibrate.surrogates import SURROGATES
 from calibrate.training_samples import output_db
+from calibrate.training_signs import LearnedSigns
 from device_profiles import load
 from targets import Job, TargetError, find
 
@@ -220,6 +222,50 @@ def test_training_comes_closer_to_float_and_moves_thresholds_and_scales(surrogat
     assert "2 signs of activations" in entry.action
     assert output_db(setting.float_graph, graph, [[UNSEEN]]) > before
     assert not any(torch.equal(a, b) for a, b in zip(start, numbers(graph), strict=True))
+
+
+def test_stages_train_signs_of_activations_first_and_then_those_of_the_weights_so_trained() -> None:
+    told: dict[str, Any] = {"batch": 16, "lr": 0.02, "surrogate": "bireal"}
+    stages: dict[str, Any] = {"finetune:signs": {**told, "iterations": 40}, "finetune": {**told, "iterations": 30}}
+    settled = {STEP: {"ends": False}, "binarize": {"ends": False, "source": "graph"}}
+    graph, setting = restless({**stages, **settled})
+    steps.apply(STEP, graph, setting)
+    (first,) = steps.apply("finetune:signs", graph, setting)
+    assert first.action.startswith("trained")
+    assert first.reason.endswith("after 40 steps")
+    steps.apply("binarize", graph, setting)
+    (second,) = steps.apply("finetune", graph, setting)
+    assert second.reason.endswith("after 30 steps")
+
+
+@pytest.mark.parametrize("move", [-1e-6, 1e-6, -100.0, 100.0])
+def test_no_step_of_training_turns_the_zeros_behind_a_relu(move: float) -> None:
+    graph, _, _ = binary()
+    _, second, third = signs.find(graph)
+    for place in (second, third):
+        dead = constant(graph, place.threshold).clone()
+        dead.flatten()[0] = 0.0  # as of a channel that is never anything but zero
+        place.set_threshold(graph, dead)
+        learned = LearnedSigns(graph, place, SURROGATES["bireal"].activation)
+        zeros = torch.zeros_like(dead)
+        before = zeros - dead >= 0
+        assert torch.equal(learned.value(zeros) > 0, before)  # and nothing changes until something is learned
+        with torch.no_grad():
+            learned.move += move
+        assert torch.equal(learned.value(zeros) > 0, before)
+        learned.threshold().sum().backward()
+        assert learned.move.grad is not None
+        assert bool((learned.move.grad > 0).all())  # held back, it still learns the way back
+
+
+def test_thresholds_of_signed_inputs_may_cross_zero() -> None:
+    graph, _, _ = binary()
+    first = signs.find(graph)[0]
+    learned = LearnedSigns(graph, first, SURROGATES["bireal"].activation)
+    with torch.no_grad():
+        learned.move += 100.0
+    assert bool((learned.threshold() > 0).all())
+    assert torch.allclose(learned.threshold(), learned.start + 100 * first.scale)
 
 
 def test_what_training_did_not_improve_is_put_back() -> None:

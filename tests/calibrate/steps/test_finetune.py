@@ -86,7 +86,8 @@ def test_training_brings_the_output_closer_to_float_on_samples_it_never_saw(by: 
     (entry,) = steps.apply("finetune", graph, setting)
     assert entry.action.startswith("trained ")
     assert "weights with their scales" in entry.action
-    assert "dB on held-out samples after" in entry.reason
+    assert "KL divergence, the float model's class for" in entry.reason
+    assert "on held-out samples after" in entry.reason
     assert signal(graph, setting) > before + 1  # a fifth less squared error: more than unseen samples differ by
 
 
@@ -96,8 +97,11 @@ def test_the_ledger_tells_what_the_finished_graph_measures() -> None:
     samples = Samples.of(graph, setting, 1024)
     assert samples is not None
     assert setting.float_graph is not None
-    assert f"-> {output_db(setting.float_graph, graph, samples.held):.1f} dB" in entry.reason
-    assert f"-> {output_db(setting.float_graph, graph, samples.train):.1f} dB" not in entry.reason  # other samples
+    wanted, got = (torch.cat([run(g, b)[0] for b in samples.held]) for g in (setting.float_graph, graph))
+    apart = (wanted.softmax(1) * (wanted.log_softmax(1) - got.log_softmax(1))).sum(1).mean()
+    assert f"-> {apart:.3g} KL divergence" in entry.reason
+    assert f"-> {(wanted.argmax(1) == got.argmax(1)).double().mean():.1%}, on held-out" in entry.reason
+    assert "dB" not in entry.reason
 
 
 def test_training_that_does_not_help_is_rolled_back_whole() -> None:
