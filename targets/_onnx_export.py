@@ -18,6 +18,7 @@ from calibrate.graph import layer_name
 
 from . import Job
 from ._onnx_translate import translations
+from ._sorts import as_topk
 from .errors import TargetError
 
 LAYER_KEY = "tightfit_layer"
@@ -78,7 +79,9 @@ def _marked(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in reversed(list(new.nodes)):
         if node.op == "call_module" and not node.users:  # `_guards_fn` of an unlifted exported program
             new.erase_node(node)
-    return torch.fx.GraphModule(graph, new)
+    marked = torch.fx.GraphModule(graph, new)
+    as_topk(marked, ascends=True)
+    return marked
 
 
 def _keep_layers(model: ir.Model, program: torch.export.ExportedProgram) -> None:

@@ -35,3 +35,20 @@ def sums_stay_beside_their_norms(model: ir.Model) -> None:
         computed = all(constant(x) is None and producer(x, "DequantizeLinear") is None for x in add.inputs)
         if computed and len(shapes) == 1 and None not in shapes:
             replace(model.graph, add, new_node(add, "Sum", [source(add, 0), source(add, 1)]))
+
+
+def rows_are_gathered_whole(model: ir.Model) -> None:
+    """GatherElements of [B, N, C] by indices [B, K, 1] that are spread over C becomes GatherND: K copies of a row each,
+    where the other looks up every number by itself and wants its indices written out."""
+    for node in list(model.graph):
+        spread = producer(node.inputs[1], "Expand") if node.op_type == "GatherElements" else None
+        if spread is None:
+            continue
+        data, index = source(node, 0), source(spread, 0)
+        shapes = [static_shape(x) for x in (data, index, node.outputs[0])]
+        if any(shape is None or len(shape) != 3 for shape in shapes):
+            continue
+        (batch, _, width), (rows, count, single), made = (shape or () for shape in shapes)
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        if axis % 3 == 1 and single == 1 and rows == batch and made == (batch, count, width):
+            replace(model.graph, node, new_node(node, "GatherND", [data, index], batch_dims=1))

@@ -21,6 +21,7 @@ from calibrate import graph as graphs
 from calibrate import qdq
 from calibrate.weights import spread
 
+from ._sorts import as_topk
 from ._tflite_fence import PACKED, insert_fences
 from .errors import TargetError
 
@@ -84,6 +85,7 @@ def prepare(graph: GraphModule, samples: tuple[Tensor, ...]) -> Prepared:
     packed = [*_unpack_halves(work), *_lower_dynamic(work)]
     _fold_constants(work)
     _rewrite_average_pools(work, samples)
+    as_topk(work, ascends=False)
     _shift_unsigned(work)
     packed += _rewrite_weights(work)
     static = any(n.target == qdq.QUANTIZE for n in work.graph.nodes)

@@ -76,7 +76,7 @@ def build(job: Job) -> "ir.Model":
     from . import _onnx_passes as passes
     from ._onnx_attention import moves_that_undo_each_other_are_gone
     from ._onnx_export import export
-    from ._onnx_fusions import sums_stay_beside_their_norms
+    from ._onnx_fusions import rows_are_gathered_whole, sums_stay_beside_their_norms
     from ._onnx_half import in_float16
     from ._onnx_levels import few_levels_are_looked_up
     from ._onnx_opset import at_opset, check
@@ -88,6 +88,7 @@ def build(job: Job) -> "ir.Model":
     if runtime != "tensorrt":
         moves_that_undo_each_other_are_gone(model)
         sums_stay_beside_their_norms(model)
+        rows_are_gathered_whole(model)
         int8.means_are_pools(model)
         int8.pads_run_on_codes(model)
         int8.biases_are_codes(model)

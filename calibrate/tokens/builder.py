@@ -18,16 +18,17 @@ class Builder:
     """Puts operators before the node `before`, named after `layer`; each gets its fake tensor at once.
 
     They are marked as what chooses tokens, which keeps them float when the graph is quantized; not with `chooses` off.
+    `sorts`: the runtime has a sort that is stable, so ranks need not be counted (see `selection.rank`).
     """
 
-    def __init__(self, graph: GraphModule, before: Node, layer: str, chooses: bool = True) -> None:
-        self.graph, self.before, self.layer, self.chooses = graph, before, layer, chooses
+    def __init__(self, graph: GraphModule, before: Node, layer: str, chooses: bool = True, sorts: bool = False) -> None:
+        self.graph, self.before, self.layer, self.chooses, self.sorts = graph, before, layer, chooses, sorts
         self.mode = fake_mode(graph)
 
-    def call(self, target: Any, *args: Any) -> Node:
-        """target(*args); `args` hold nodes, numbers and lists of both."""
+    def call(self, target: Any, *args: Any, **keywords: Any) -> Node:
+        """target(*args, **keywords); `args` hold nodes, numbers and lists of both."""
         with self.graph.graph.inserting_before(self.before):
-            node = self.graph.graph.call_function(target, args)
+            node = self.graph.graph.call_function(target, args, keywords)
         node.meta["layer"] = f"{self.layer}.{node.name}"
         if self.chooses:
             node.meta[CHOOSES_TOKENS] = self.layer

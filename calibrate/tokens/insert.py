@@ -130,7 +130,7 @@ def _cut(
     trail = follow(graph, site.residual, protected, inside)
     if method.attention:
         site = written_out(graph, site)
-    build = Builder(graph, site.residual.next, f"{site.layer}.tokens")
+    build = Builder(graph, site.residual.next, f"{site.layer}.tokens", sorts=form == "topk")
     options = _options(cut, method)
     inputs = tuple(n for n in graph.graph.nodes if n.op == "placeholder")
     depth = cut.block / len(found)

@@ -1,6 +1,6 @@
 """What merging methods share: which tokens are alike, who goes into whom, and tokens as means of those they stand for.
 
-All is comparisons and products, so it lowers to every runtime: no sort, no gather, no scatter.
+All but the ranks (`selection.rank`) is comparisons and products, so it lowers to every runtime: no gather, no scatter.
 """
 
 import torch

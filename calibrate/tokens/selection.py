@@ -1,7 +1,8 @@
 """Take the chosen tokens out of a value, in forms that suit different runtimes and give identical tokens.
 
-Which tokens stay is a rank, counted by comparison: rank(i) = how many tokens come before i, by a larger score or by
-an equal score and a lower index. So ties are broken alike on every runtime, whatever its TopK does with them.
+Which tokens stay is a rank: how many tokens come before one, by a larger score or by an equal score and a lower index.
+The form "rank" counts by comparison. "topk" sorts: the TopK of ONNX and of TFLite puts the lower index first among
+equals, as a stable sort does. So ties are broken alike on every runtime.
 """
 
 import math
@@ -16,8 +17,12 @@ from ..graph import constant, is_constant, kind
 from .builder import Builder, aten
 
 FORMS = ("topk", "rank")
+# A mark in `meta` of a rank: the tokens in the order of their ranks, int64 [B, N], where they were sorted.
+ORDER = "order_of_tokens"
 # Above every score; a float32 that half precision would read as infinity, which is above every score as well.
 ABOVE_ALL = 3.0e38
+# Operators whose result is finite whatever a user feeds, or no number that a token holds.
+FINITE = frozenset(("linear", "conv", "layer_norm", "embedding", "softmax", "compare", "shape"))
 
 
 class Reduction(Protocol):
@@ -74,16 +79,37 @@ class Ranked:
         return multiplied(build, self.rows, operand, dim, batch)
 
     def carry(self, build: Builder, name: str, plane: Node) -> Node:
+        value = alike(build.graph, plane)
+        if value is not None:
+            return build.constant(f"{name}_kept", torch.full((1, self.count), value))
         return self.take(build, plane, -1, -2)
 
 
+def alike(graph: GraphModule, plane: Node) -> float | None:
+    """What every token of a constant float plane [1, N] has; None where they differ, or are computed."""
+    if not is_constant(plane):
+        return None
+    values = constant(graph, plane)
+    same = values.dtype.is_floating_point and bool((values == values.flatten()[0]).all())
+    return float(values.flatten()[0]) if same else None
+
+
 def rank(build: Builder, score: Node, protected: int) -> Node:
-    """The rank of each token, float32 [B, N], for a score [B, N]; the first `protected` tokens come first."""
+    """The rank of each token, float32 [B, N], for a score [B, N]; the first `protected` tokens come first.
+
+    Where the runtime sorts, what a stable sort does to the indices, turned round by sorting these.
+    """
     tokens = int(score.meta["val"].shape[1])
     places = torch.arange(tokens)
     if protected:
         first = build.constant("protected_tokens", places < protected)
         score = build.call(aten.where.ScalarSelf, first, ABOVE_ALL, score)
+    if build.sorts:
+        order = build.item(build.call(aten.sort.stable, score, stable=True, dim=-1, descending=True), 1)
+        places = build.item(build.call(aten.sort.stable, order, stable=True, dim=-1, descending=False), 1)
+        result = build.call(aten.to.dtype, places, torch.float32)
+        result.meta[ORDER] = order
+        return result
     mine, other = build.call(aten.unsqueeze.default, score, 2), build.call(aten.unsqueeze.default, score, 1)
     earlier = build.constant("earlier_tokens", places[None, :] < places[:, None])
     ahead = build.call(aten.gt.Tensor, other, mine)
@@ -101,11 +127,15 @@ def ranked(build: Builder, score: Node, keep: int, protected: int, form: str) ->
 def ranked_by(build: Builder, places: Node, keep: int, form: str) -> Ranked:
     """Keep the tokens whose rank [B, N] is below `keep`."""
     if form == "topk":
-        best = build.call(aten.topk.default, build.call(aten.neg.default, places), keep, -1)
-        return Ranked(keep, build.item(best, 1), None)
+        return between(build, places, 0, keep)
     wanted = build.constant("kept_ranks", torch.arange(keep, dtype=torch.float32).view(1, keep, 1))
     hit = build.call(aten.eq.Tensor, build.call(aten.unsqueeze.default, places, 1), wanted)
     return Ranked(keep, None, build.call(aten.to.dtype, hit, torch.float32))
+
+
+def between(build: Builder, places: Node, first: int, end: int) -> Ranked:
+    """The tokens of rank `first` to `end` - 1, where they were sorted (`rank`)."""
+    return Ranked(end - first, build.call(aten.slice.Tensor, places.meta[ORDER], 1, first, end), None)
 
 
 def gathered(build: Builder, operand: Node, index: Node, dim: int, batch: int) -> Node:
@@ -198,7 +228,7 @@ def may_be_infinite(graph: GraphModule, operand: Node) -> bool:
     seen, stack = set(), [operand]
     while stack:
         node = stack.pop()
-        if node in seen or kind(node) in ("linear", "conv", "layer_norm", "embedding", "softmax", "compare"):
+        if node in seen or kind(node) in FINITE:
             continue
         seen.add(node)
         if node.op == "placeholder" and node.meta["val"].dtype.is_floating_point:

@@ -97,8 +97,8 @@ def test_steps_work_on_the_pruned_model_and_the_reference_stays_whole(run: Run) 
     assert made.builder.captured is made.model
     assert made.builder.effort == "fast"
     kinds = {operator_name(n) for n in made.model.graph.graph.nodes}
-    assert "topk" in kinds
-    assert "topk" not in {operator_name(n) for n in run.captured.graph.graph.nodes}
+    assert "sort" in kinds
+    assert "sort" not in {operator_name(n) for n in run.captured.graph.graph.nodes}
 
 
 def test_devices_that_take_tokens_alike_share_what_was_made(run: Run) -> None:
@@ -113,7 +113,7 @@ def test_devices_that_take_tokens_alike_share_what_was_made(run: Run) -> None:
     assert ranked.pruned is not None
     assert ranked.pruned.form == "rank"
     assert ranked.pruned is not first.pruned
-    assert "topk" not in {operator_name(n) for n in ranked.model.graph.graph.nodes}
+    assert "sort" not in {operator_name(n) for n in ranked.model.graph.graph.nodes}
 
 
 def test_a_limit_on_answers_takes_the_cheapest_schedule_that_holds_it(run: Run, counting: None) -> None:

@@ -102,7 +102,11 @@ def test_dynamic_and_weight_only_int8_leave_it_alone_too(name: str, step: str) -
 def test_the_mark_is_kept_by_clones_and_not_given_to_attention() -> None:
     graph = cut("evit", "rank")
     assert len(marked(clone(graph))) == len(marked(graph)) > 20
-    assert not any(kind(n) == "softmax" for n in marked(graph))
+    attention = [n for n in graph.graph.nodes if kind(n) == "attention"]
+    assert len(attention) == 2, "it stays one operator"
+    assert not set(attention) & set(marked(graph))
+    rows = [n.meta["val"].shape[-2] for n in marked(graph) if kind(n) == "softmax"]
+    assert rows == [1, 1], "the class token's alone"
     assert marked(float_graph("mask")) == []
 
 

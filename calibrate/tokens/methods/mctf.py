@@ -12,7 +12,7 @@ between attention and MLP, where the layer ahead has no input yet, so the attent
 paper's re-use of the pooled attention is replaced by proportional attention (log size added to the scores), which is
 the same where fused tokens are alike.
 
-All is comparisons and products, in either form. The tokens keep their order.
+All but the ranks is comparisons and products, in either form. The tokens keep their order.
 """
 
 from typing import Any, ClassVar

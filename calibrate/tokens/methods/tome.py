@@ -5,7 +5,7 @@ key is most like its own (cosine, mean over heads), and those with the best matc
 Attention behind adds the logarithm of a token's size to its scores (proportional attention, equation 1), and means over
 tokens weigh them by size. Models pre-trained by masking do better with `proportional` off (section 4.2).
 
-All is comparisons and products, in either form: no scatter. The tokens keep their order.
+All but the ranks is comparisons and products, in either form: no scatter. The tokens keep their order.
 """
 
 from typing import Any, ClassVar
