@@ -26,7 +26,7 @@ HALVES = 3e-3
 # A sample whose answer moves by more than this when its input is moved by less than float16 rounds it (`unsure`) has
 # scores so near each other that rounding decides which token stays.
 MOVED, NUDGE = 1e-2, 2.0**-9
-# Ranks with a mask that is cut along, a fused rest, ranks as masks, a merge, and a pattern: all there is to the form "topk".
+# All there is to the form "topk": a mask that is cut along, a fused rest, ranks as masks, a merge, and a pattern.
 PICKED = ("evit", "evit_fused", "zero_tprune", "tome", "everything")
 FILES = (("onnx", "topk"), ("tflite", "topk"), ("tflite", "rank"), ("coreml", "rank"))
 CHOOSERS = r"topk|top_k|gather|scatter|sort|index_select|nonzero"
