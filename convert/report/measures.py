@@ -63,9 +63,9 @@ class Stage(Signal):
 class Latency(Part):
     """Times of one call, in milliseconds, of the artifact and of its float twin, measured in turns.
 
-    `speedup` is float_p50_ms / p50_ms: below 1 the artifact is slower than float. `ratio_interval` is its
-    interval, the 95 % bootstrap made wide enough for another run (`convert/latency.py`). All float fields are null when no
-    float twin was timed.
+    `speedup` is float_p50_ms / p50_ms: below 1 the artifact is slower than float. `ratio_interval` is its interval, the
+    95 % bootstrap made wide enough for another run (`convert/latency.py`). All float fields are null when no float twin
+    was timed.
     """
 
     where: str = Field(description='"host", or the device\'s address.')
