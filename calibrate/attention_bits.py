@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import kept, signs
-from .attention_parts import Attention
+from .attention_parts import Attention, float_between
 from .errors import CalibrationError
 from .lockstep import Run
 from .plan import Plan
@@ -152,6 +152,7 @@ def sign_scores(place: Place, where: str) -> SignedScores:
     softmax does. So a mean of the keys costs nothing, and a threshold there takes nothing away.
     """
     samples = place.samples
+    float_between(place.attention)
     query = thresholds([(s.query, s.asking) for s in samples], where)
     keys = thresholds([(s.keys, s.seen) for s in samples], where)
     own = _mean_distance([(s.query, s.asking) for s in samples], query)

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import qdq
@@ -85,6 +88,18 @@ def float_between(attention: Attention) -> None:
     for source in _chain(node):
         if source.target is qdq.DEQUANTIZE:
             source.replace_all_uses_with(uncoded(source))
+
+
+def masks_of(attention: Attention) -> list[tuple[Node, bool]]:
+    """What is added to the scores, or chooses among them, with more than one number; and whether a true there hides."""
+    chain, found = _chain(attention.softmax), []
+    for node, inner in pairwise(chain):
+        tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+        others = [a for a in tensors if a is not inner and a.meta["val"].dim() > 0]
+        chooses = [a for a in others if a.meta["val"].dtype == torch.bool]
+        if others:
+            found.append(((chooses or others)[0], bool(chooses) and node.args[1] is not inner))
+    return found
 
 
 def uncoded(node: Node) -> Node:

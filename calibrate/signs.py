@@ -21,6 +21,8 @@ from .tokens.builder import Builder, aten
 # Zero point, lowest, highest and type of codes: signs lie around zero, wherever their source does.
 INT8 = (0, -128, 127, torch.int8)
 UINT8 = (128, 0, 255, torch.uint8)
+# A mark in `meta` of a quantize node whose scale is not to be trained: what reads the signs counts on it.
+HELD = "held_scale"
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Student:
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
         groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * w.gap} for w in self.weights]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
-        factors = [*self.factors.values(), *(s.log for s in self._learned)]
+        factors = [*self.factors.values(), *(s.log for s in self._learned if s.log.requires_grad)]
         groups.append({"params": factors, "lr": rate * STEP_RATE})
         moves = [*(s.move for s in shifts), *(s.move for s in self._learned)]
         groups.append({"params": moves, "lr": rate * SHIFT_RATE})

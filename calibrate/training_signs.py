@@ -12,7 +12,7 @@ from .graph import constant
 from .kept import LEAST_SHARE, Kept
 from .plan import Plan
 from .ranges import representable
-from .signs import Signs
+from .signs import HELD, Signs
 
 
 class LearnedSigns:
@@ -24,7 +24,7 @@ class LearnedSigns:
     def __init__(self, graph: GraphModule, signs: Signs, surrogate: Callable[[Tensor], Tensor]) -> None:
         self.graph, self.signs, self.surrogate = graph, signs, surrogate
         self.start, self.scale = constant(graph, signs.threshold), signs.scale
-        self.log = torch.zeros((), requires_grad=True)
+        self.log = torch.zeros((), requires_grad=HELD not in signs.quantize.meta)
         self.move = torch.zeros_like(self.start).requires_grad_()
         self.source: Node = signs.source
         self.inner: tuple[Node, ...] = signs.inner

@@ -73,7 +73,6 @@ def _check(wish: Mapping[str, Any], names: list[str]) -> None:
 def _binarize(place: Place, method: str, options: Mapping[str, Any]) -> Entry:
     """One attention, and what it loses by it."""
     attention = place.attention
-    attention_parts.float_between(attention)
     real = [seen.output for seen in place.samples]
     try:
         output = methods.find(method).write(place, options)

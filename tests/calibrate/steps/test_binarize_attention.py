@@ -20,6 +20,7 @@ from calibrate.plan import Entry
 from calibrate.samples import InputSpec
 from calibrate.simulation import simulate
 from calibrate.steps import Context
+from calibrate.tokens.builder import Builder
 from calibrate.training_samples import output_db
 from device_profiles import load
 from targets import Job, find
@@ -143,21 +144,42 @@ def test_what_training_did_not_improve_is_put_back() -> None:
     assert torch.equal(run(graph, [UNSEEN])[0], output)
 
 
-@pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize(("target", "device"), [("onnx", "generic-x86-vnni"), ("tflite", "raspberry-pi-4b")])
-def test_runtimes_compute_what_the_simulation_does(method: str, target: str, device: str, tmp_path: Path) -> None:
-    """Codes of bits are equal where the numbers compared are; what is float between them rounds in its own order."""
-    if target == "tflite":
-        pytest.importorskip("litert_torch", reason="lowering needs the extra [tflite]")
-        pytest.importorskip("ai_edge_litert", reason="running needs the extra [tflite]")
-    graph, _, _ = binary(method=method)
+class Bare(nn.Module):
+    """Attention on codes alone: no layer norm, whose sums each runtime rounds in its own order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts, self.head = nn.ModuleList(nn.Linear(8, 32) for _ in range(3)), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(x.shape[0], x.shape[1], 4, 8).transpose(1, 2) for part in self.parts)
+        return self.head(nn.functional.scaled_dot_product_attention(q * 3, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("target", "device"), [("onnx", "generic-x86-vnni"), ("tflite", "raspberry-pi-4b"), ("coreml", "apple-m4")]
+)
+def test_runtimes_keep_the_same_bits_as_the_simulation(target: str, device: str, tmp_path: Path) -> None:
+    for extra in {"tflite": ("litert_torch", "ai_edge_litert"), "coreml": ("coremltools",)}.get(target, ()):
+        pytest.importorskip(extra, reason=f"needs the extra [{target}]")
+    graph, setting = capture(Bare(), tokens()), context(ISLANDS, *[[tokens(16, seed)] for seed in range(8)])
+    steps.apply("quantize_static", graph, setting)
+    steps.apply(STEP, graph, setting)
+    (bit,) = kept.find(graph)
+    (back,) = bit.quantize.users
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    doubled = Builder(graph, output, "doubled").call(torch.ops.aten.mul.Tensor, back, 2.0)
+    output.args = ((*output.args[0], doubled),)
+    graph.recompile()
     rules = load(device).rules(target)
-    case = Job("model", graph, (InputSpec("x", tuple(UNSEEN[:1].shape), "float32"),), ("y",), rules, "float32")
-    path = tmp_path / {"onnx": "m.onnx", "tflite": "m.tflite"}[target]
+    case = Job("m", graph, (InputSpec("x", tuple(UNSEEN[:1].shape), "float32"),), ("y", "bits"), rules, "float32")
+    path = tmp_path / {"onnx": "m.onnx", "tflite": "m.tflite", "coreml": "m.mlpackage"}[target]
     backend = find(target)
     backend.lower(case, path)
     session, wanted = backend.open(path), simulate(graph, "float32", "float")
     for sample in UNSEEN.split(1):
-        got = next(iter(session.run({"x": sample.numpy()}).values()))
-        reach = float(wanted([sample])[0].abs().max())
-        np.testing.assert_allclose(got, wanted([sample])[0].numpy(), rtol=0, atol=2e-2 * reach)
+        got, (scores, bits) = session.run({"x": sample.numpy()}), wanted([sample])
+        assert set(np.unique(bits)) == {0, np.float32(2 * bit.scale)}
+        np.testing.assert_array_equal(got["bits"], bits.numpy())
+        np.testing.assert_allclose(got["y"], scores.numpy(), rtol=0, atol=2e-2 * float(scores.abs().max()))
