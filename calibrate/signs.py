@@ -18,6 +18,12 @@ from .coded import CodedLayer, coded, set_constant
 from .graph import constant, is_constant, kind, layer_name, operator_name
 from .tokens.builder import Builder, aten
 
+# Zero point, lowest, highest and type of codes: signs lie around zero, wherever their source does.
+INT8 = (0, -128, 127, torch.int8)
+UINT8 = (128, 0, 255, torch.uint8)
+# A mark in `meta` of a quantize node whose scale is not to be trained: what reads the signs counts on it.
+HELD = "held_scale"
+
 
 @dataclass(frozen=True)
 class Signs:
@@ -71,24 +77,31 @@ def insert(graph: GraphModule, source: Node, layers: Sequence[CodedLayer], chann
 
     The codes have the type and the range of the source's own, as a runtime's kernels want them.
     """
-    codes = tuple(source.args[2:6])
-    if codes[3] is torch.int8:  # signs lie around zero, wherever the source does
-        codes = (0, -128, 127, torch.int8)
-    else:
-        codes = (128, 0, 255, torch.uint8)
-    rank = source.meta["val"].dim()
-    ones = (1,) * rank
+    codes = INT8 if source.args[5] is torch.int8 else UINT8
     build = Builder(graph, layers[0].node, f"{layer_name(source)}.signs", chooses=False)
-    threshold = build.constant("threshold", torch.zeros((*ones[len(channels) :], *channels)))
-    above, below = (build.constant(n, torch.full(ones, v)) for n, v in (("above", 1.0), ("below", -1.0)))
-    shift = build.call(aten.sub.Tensor, source, threshold)
-    test = build.call(aten.ge.Scalar, shift, 0.0)
-    choice = build.call(aten.where.self, test, above, below)
-    quantize = build.call(qdq.QUANTIZE, choice, 1.0, *codes)
-    back = build.call(qdq.DEQUANTIZE, quantize, 1.0, *codes)
+    found, back = write(build, source, torch.zeros(channels), codes)
     for layer in layers:
         layer.node.replace_input_with(source, back)
-    return Signs(source, threshold, shift, test, choice, above, below, quantize)
+    return found
+
+
+def write(
+    build: Builder, source: Node, threshold: Tensor, codes: tuple[object, ...], scale: float = 1.0
+) -> tuple[Signs, Node]:
+    """Signs of `source` around `threshold` (it may have fewer axes), and the values that come back from their codes.
+
+    `codes` are (zero point, lowest, highest, dtype).
+    """
+    rank = source.meta["val"].dim()
+    ones = (1,) * rank
+    bound = build.constant("threshold", threshold.float().view(*ones[threshold.dim() :], *threshold.shape))
+    above, below = (build.constant(n, torch.full(ones, v)) for n, v in (("above", scale), ("below", -scale)))
+    shift = build.call(aten.sub.Tensor, source, bound)
+    test = build.call(aten.ge.Scalar, shift, 0.0)
+    choice = build.call(aten.where.self, test, above, below)
+    quantize = build.call(qdq.QUANTIZE, choice, scale, *codes)
+    back = build.call(qdq.DEQUANTIZE, quantize, scale, *codes)
+    return Signs(source, bound, shift, test, choice, above, below, quantize), back
 
 
 def find(graph: GraphModule) -> list[Signs]:

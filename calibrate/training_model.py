@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from . import qdq, signs
+from . import kept, qdq, signs
 from .coded import CodedLayer, coded_layers, set_constant
 from .graph import constant, is_constant, kind
 from .levels import to_levels
@@ -18,7 +18,7 @@ from .plan import Plan
 from .ranges import representable
 from .surrogates import SURROGATES, Surrogate
 from .training import LearnedScale, OneBit, Saved, carrier, stored_scales, straight_round
-from .training_signs import LearnedSigns
+from .training_signs import LearnedKept, LearnedSigns
 
 # Learning rates relative to that of the weights, which is in codes: the same for all formats of few bits, and more of
 # them where codes are finer than those of four bits.
@@ -94,12 +94,13 @@ class Student:
         gradient = SURROGATES[surrogate]
         self.weights = [Weight(graph, x, plan, gradient) for x in coded_layers(graph)]
         self.signs = [LearnedSigns(graph, s, gradient.activation) for s in signs.find(graph)] if self.weights else []
+        self.kept = [LearnedKept(graph, k, gradient.activation) for k in kept.find(graph)] if self.weights else []
         self.biases: dict[Node, tuple[Node, Shift]] = {}
         for layer in coded_layers(graph):
             if layer.bias is not None:
                 self.biases[layer.node] = layer.bias, Shift(constant(graph, layer.bias))
         self.norms = {n: Shift(constant(graph, n)) for n in _norm_constants(graph)}
-        taken = {s.quantize for s in self.signs}
+        taken = {s.quantize for s in self.bits}
         self.quantizers = _tied_quantizers(graph, plan, taken) if self.weights else {}
         self.factors = {key: torch.zeros((), requires_grad=True) for key in self.quantizers}
         self._saved = [Saved.of(graph, w.layer) for w in self.weights]
@@ -125,7 +126,11 @@ class Student:
     @property
     def bits(self) -> list[OneBit]:
         """What is one bit, with what is trained of it (Runner.bits)."""
-        return list(self.signs)
+        return list(self._learned)
+
+    @property
+    def _learned(self) -> list[LearnedSigns | LearnedKept]:
+        return [*self.signs, *self.kept]
 
     def _step(self, key: "Key") -> Tensor:
         return key[0] * torch.exp(self.factors[key])
@@ -139,9 +144,9 @@ class Student:
         shifts = [s for _, s in self.biases.values()] + list(self.norms.values())
         groups: list[dict[str, Any]] = [{"params": [w.latent], "lr": rate * w.gap} for w in self.weights]
         groups.append({"params": [w.scale.log for w in self.weights if w.learns_scale], "lr": rate * SCALE_RATE})
-        factors = [*self.factors.values(), *(s.log for s in self.signs)]
+        factors = [*self.factors.values(), *(s.log for s in self._learned if s.log.requires_grad)]
         groups.append({"params": factors, "lr": rate * STEP_RATE})
-        moves = [*(s.move for s in shifts), *(s.move for s in self.signs)]
+        moves = [*(s.move for s in shifts), *(s.move for s in self._learned)]
         groups.append({"params": moves, "lr": rate * SHIFT_RATE})
         return [g for g in groups if g["params"]] if self.weights else []
 
@@ -162,6 +167,8 @@ class Student:
             parts.append(f"{len(self.quantizers)} activation scales")
         if self.signs:
             parts.append(f"{len(self.signs)} signs of activations")
+        if self.kept:
+            parts.append(f"{len(self.kept)} attentions' bits")
         if self.norms:
             parts.append(f"{len(self.norms)} layer-norm constants")
         return ", ".join(parts)
@@ -172,7 +179,7 @@ class Student:
             for key, nodes in self.quantizers.items():
                 learned = key[0] * math.exp(float(self.factors[key]))
                 _set_scale(nodes, representable(learned, self.plan))
-            for sign in self.signs:
+            for sign in self._learned:
                 sign.store(self.plan)
             for weight in self.weights:
                 weight.layer.set_codes(self.graph, weight.codes())
@@ -189,7 +196,7 @@ class Student:
         """Put back everything as it was."""
         for key, nodes in self.quantizers.items():
             _set_scale(nodes, key[0])
-        for sign in self.signs:
+        for sign in self._learned:
             sign.restore()
         for saved in self._saved:
             saved.restore(self.graph)

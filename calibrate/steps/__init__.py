@@ -53,6 +53,18 @@ class Context:
     chosen: dict[frozenset[str], QParams] = field(default_factory=dict)
 
 
+def first(context: Context, limit: int) -> list[list[Tensor]]:
+    """Batches until `limit` samples have come."""
+    found: list[list[Tensor]] = []
+    count = 0
+    for batch in context.batches():
+        found.append(batch)
+        count += len(batch[0]) if batch[0].dim() else 1
+        if count >= limit:
+            break
+    return found
+
+
 class Step(Protocol):
     """A step edits the graph in place and returns its ledger; `ensures` then checks the result.
 

@@ -18,7 +18,7 @@ from calibrate.lockstep import Run, refresh
 from calibrate.plan import Entry, Plan
 from calibrate.ranges import representable
 from calibrate.signs import Signs
-from calibrate.steps import Context
+from calibrate.steps import Context, first
 
 NAME = "binarize_activations"
 # As for weights: a sum of fewer signs than this has hardly more values than one sign.
@@ -129,7 +129,7 @@ def _fit(graph: GraphModule, places: list[Signs], context: Context) -> list[Entr
     readers = {layer.node for p in places for layer in p.layers}
     ledger: list[Entry] = []
     with torch.no_grad():
-        runs = [Run(graph, batch) for batch in _some(context, int(wish["samples"]))]
+        runs = [Run(graph, batch) for batch in first(context, int(wish["samples"]))]
         for node in list(graph.graph.nodes):
             place = waiting.get(node)
             if place is not None:
@@ -149,18 +149,6 @@ def _fit(graph: GraphModule, places: list[Signs], context: Context) -> list[Entr
                 run.step(node)
                 run.forget(node)
     return ledger
-
-
-def _some(context: Context, limit: int) -> list[list[Tensor]]:
-    """Batches until `limit` samples have come."""
-    found: list[list[Tensor]] = []
-    count = 0
-    for batch in context.batches():
-        found.append(batch)
-        count += len(batch[0]) if batch[0].dim() else 1
-        if count >= limit:
-            break
-    return found
 
 
 def _store(graph: GraphModule, place: Signs, fitted: Fitted, plan: Plan) -> list[Node]:
