@@ -18,6 +18,7 @@ import torch
 
 from calibrate.levels import alphabet
 
+from . import _onnx_patterns as patterns
 from ._onnx_bits import PACKED, Bits, is_weight
 from ._onnx_export import LAYER_KEY
 from ._onnx_graph import Array, constant, new_constant, new_node
@@ -74,7 +75,14 @@ def _looked_up(
     graph: ir.Graph, node: ir.Node, codes: ir.Value, array: Array, form: str, tables: dict[str, ir.Value]
 ) -> ir.Value:
     shape, name = list(array.shape), str(codes.name)
-    if form == LEVELS:
+    kernels = patterns.patterns_of(array)
+    if kernels is not None:
+
+        def before(op: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+            return _before(graph, node, op, inputs, **attributes)
+
+        value = patterns.looked_up(graph, name, array, kernels, before)
+    elif form == LEVELS:
         found = _channel(array)
         assert found is not None
         axis, levels = found
