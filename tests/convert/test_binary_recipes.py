@@ -61,7 +61,8 @@ def test_the_recipe_with_signs_for_activations_is_static_everywhere_and_says_wha
 ) -> None:
     for device, target in (("generic-x86-vnni", "onnx"), ("raspberry-pi-5", "tflite"), ("generic-riscv64", "c")):
         plan = decide(cnn, load(device), target, "binary-full").plan
-        assert plan.steps[-4:] == ("quantize_static", "binarize_activations", "binarize", "finetune")
+        assert plan.steps[-6:-3] == ("quantize_static", "binarize_activations", "ridge")
+        assert plan.steps[-3:] == ("finetune:signs", "binarize", "finetune"), "weights behind a first training"
     assert "needs recovery" in recipes.load("binary-full").summary
     with pytest.raises(TightfitError, match="signs would save nothing"):
         decide(cnn, load("apple-m4"), "coreml", "binary-full")
