@@ -144,12 +144,15 @@ def float_layers_stay_float(model: ir.Model) -> None:
 
     The same numbers. ONNX Runtime (WeightBiasQuantization, seen in 1.32) takes a float layer between Dequantize and
     Quantize for one that somebody forgot to quantize, and rounds its weights to int8 with one scale for all of them; it
-    leaves alone what reads more scales than one.
+    leaves alone what reads more scales than one. A product of two activations has no weights: where the other one is
+    codes too, behind a transposition, it fuses to an integer product that wants one zero point.
     """
     for node in list(model.graph):
         before = producer(node.inputs[0], "DequantizeLinear") if node.op_type in MULTIPLYING else None
         shape = static_shape(node.inputs[0]) if before is not None else None
         if before is None or shape is None or producer(node.inputs[1], "DequantizeLinear") is not None:
+            continue
+        if _computed(node.inputs[1]):
             continue
         scale, zero = constant(before.inputs[1]), constant(before.inputs[2]) if len(before.inputs) > 2 else None
         axis = next((a for a in (1, 2, 3, 0) if a < len(shape) and shape[a] > 1), None)
@@ -166,3 +169,19 @@ def float_layers_stay_float(model: ir.Model) -> None:
         node.replace_input_with(0, own.outputs[0])
         if not before.outputs[0].uses():
             model.graph.remove(before, safe=True)
+
+
+def _computed(value: ir.Value | None) -> bool:
+    """Whether the value depends on what the model is given."""
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if value is None or value in seen or value.is_initializer():
+            continue
+        seen.add(value)
+        maker = value.producer()
+        if maker is None:
+            return True
+        stack += maker.inputs
+    return False
