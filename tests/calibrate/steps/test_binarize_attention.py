@@ -23,7 +23,7 @@ from calibrate.steps import Context
 from calibrate.tokens.builder import Builder
 from calibrate.training_samples import output_db
 from device_profiles import load
-from targets import Job, find
+from targets import Job, Session, find
 
 STEP = "binarize_attention"
 UNSEEN = tokens(8, seed=77)
@@ -159,29 +159,55 @@ class Bare(nn.Module):
         return self.head(nn.functional.scaled_dot_product_attention(q * 3, k, v).transpose(1, 2).flatten(2).mean(1))
 
 
-@pytest.mark.parametrize(
-    ("target", "device"), [("onnx", "generic-x86-vnni"), ("tflite", "raspberry-pi-4b"), ("coreml", "apple-m4")]
-)
-def test_runtimes_keep_the_same_bits_as_the_simulation(target: str, device: str, tmp_path: Path) -> None:
-    for extra in {"tflite": ("litert_torch", "ai_edge_litert"), "coreml": ("coremltools",)}.get(target, ()):
-        pytest.importorskip(extra, reason=f"needs the extra [{target}]")
-    graph, setting = capture(Bare(), tokens()), context(ISLANDS, *[[tokens(16, seed)] for seed in range(8)])
+def bare(method: str) -> GraphModule:
+    """Its attention on bits."""
+    graph = capture(Bare(), tokens())
+    setting = context(
+        replace(ISLANDS, parameters={STEP: {"method": method}}), *[[tokens(16, seed)] for seed in range(8)]
+    )
     steps.apply("quantize_static", graph, setting)
     steps.apply(STEP, graph, setting)
+    return graph
+
+
+def opened(graph: GraphModule, target: str, device: str, outputs: tuple[str, ...], folder: Path) -> Session:
+    """The graph lowered and loaded."""
+    for extra in {"tflite": ("litert_torch", "ai_edge_litert"), "coreml": ("coremltools",)}.get(target, ()):
+        pytest.importorskip(extra, reason=f"needs the extra [{target}]")
+    rules = load(device).rules(target)
+    case = Job("m", graph, (InputSpec("x", tuple(UNSEEN[:1].shape), "float32"),), outputs, rules, "float32")
+    path = folder / {"onnx": "m.onnx", "tflite": "m.tflite", "coreml": "m.mlpackage"}[target]
+    find(target).lower(case, path)
+    return find(target).open(path)
+
+
+RUNTIMES = [("onnx", "generic-x86-vnni"), ("tflite", "raspberry-pi-4b"), ("coreml", "apple-m4")]
+
+
+@pytest.mark.parametrize(("target", "device"), RUNTIMES)
+def test_runtimes_keep_the_same_bits_as_the_simulation(target: str, device: str, tmp_path: Path) -> None:
+    graph = bare("softmax_aware")
     (bit,) = kept.find(graph)
     (back,) = bit.quantize.users
     output = next(n for n in graph.graph.nodes if n.op == "output")
     doubled = Builder(graph, output, "doubled").call(torch.ops.aten.mul.Tensor, back, 2.0)
     output.args = ((*output.args[0], doubled),)
     graph.recompile()
-    rules = load(device).rules(target)
-    case = Job("m", graph, (InputSpec("x", tuple(UNSEEN[:1].shape), "float32"),), ("y", "bits"), rules, "float32")
-    path = tmp_path / {"onnx": "m.onnx", "tflite": "m.tflite", "coreml": "m.mlpackage"}[target]
-    backend = find(target)
-    backend.lower(case, path)
-    session, wanted = backend.open(path), simulate(graph, "float32", "float")
+    session, wanted = opened(graph, target, device, ("y", "bits"), tmp_path), simulate(graph, "float32", "float")
     for sample in UNSEEN.split(1):
         got, (scores, bits) = session.run({"x": sample.numpy()}), wanted([sample])
         assert set(np.unique(bits)) == {0, np.float32(2 * bit.scale)}
         np.testing.assert_array_equal(got["bits"], bits.numpy())
         np.testing.assert_allclose(got["y"], scores.numpy(), rtol=0, atol=2e-2 * float(scores.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["residual", "hashed"])
+@pytest.mark.parametrize(("target", "device"), RUNTIMES[:2])
+def test_runtimes_compute_what_the_simulation_does(method: str, target: str, device: str, tmp_path: Path) -> None:
+    """Float products decide about bits here, so that a code of the output may round to its neighbour."""
+    graph = bare(method)
+    session, wanted = opened(graph, target, device, ("y",), tmp_path), simulate(graph, "float32", "float")
+    for sample in UNSEEN.split(1):
+        (scores,) = wanted([sample])
+        got = session.run({"x": sample.numpy()})["y"]
+        np.testing.assert_allclose(got, scores.numpy(), rtol=0, atol=2e-2 * float(scores.abs().max()))
