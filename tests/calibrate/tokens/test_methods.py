@@ -197,8 +197,10 @@ def test_both_forms_of_a_method_give_the_same_bits(method: str) -> None:
         cut(graph, 5, 4, method=method, form=form)
         return run(graph, feeds(IMAGE))[0]
 
-    assert torch.equal(answer("topk"), answer("rank"))
-    assert not torch.equal(answer("rank"), run(graph_of(IMAGE), feeds(IMAGE))[0])
+    one, other = answer("topk"), answer("rank")
+    # EViT's fused token is a sum, of what is dropped or of all with zeros.
+    assert is_close(one, other) if method == "evit" else torch.equal(one, other)
+    assert not torch.equal(other, run(graph_of(IMAGE), feeds(IMAGE))[0])
 
 
 @pytest.mark.parametrize("method", ALL)
