@@ -51,7 +51,8 @@ def inverse_norms(packed: Packed, planes: int = 1) -> NDArray[np.float64]:
 def search(queries: Packed, base: Packed, k: int, planes: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The `k` codes of `base` most like each query: indices and scores, both [queries, k], best first.
 
-    Exact; of equals the lower index comes first. A score is the likeness times 4^(planes - 1): bits - 2 * Hamming
+    Exact but for the last bit of a code's length, where there are two planes or more; of equals the lower index comes
+    first. A score is the likeness times 4^(planes - 1): bits - 2 * Hamming
     distance for one plane. Raises CalibrationError for codes that don't fit each other or a `k` beyond the base.
     """
     _check(queries, base, k, planes)

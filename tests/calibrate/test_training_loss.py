@@ -30,12 +30,13 @@ def chain() -> tuple[GraphModule, GraphModule]:
     return setting.float_graph, graph
 
 
-def lesson(blocks: float = 0.0, labels: float = 0.0) -> tuple[Lesson, Student]:
+def lesson(blocks: float = 0.0, labels: float = 0.0, squares: bool = True) -> tuple[Lesson, Student]:
     reference, graph = chain()
     student = Student(graph, ISLANDS)
     exits = [(u.exit, u.float_exit) for u in block_units(reference, graph)[:-1]]
     assert len(exits) == 2
-    return Lesson(Runner(graph, student.given, student.steps), Runner(reference, {}), exits, blocks, labels), student
+    learner, teacher = Runner(graph, student.given, student.steps), Runner(reference, {})
+    return Lesson(learner, teacher, exits, blocks, labels, squares), student
 
 
 def reached(student: Student, loss: Tensor) -> list[bool]:
@@ -83,7 +84,7 @@ def test_labels_add_the_cross_entropy_times_their_weight() -> None:
 
 def test_the_mean_over_batches_is_that_over_samples_and_leaves_blocks_out() -> None:
     taught, _ = lesson(blocks=1.0)
-    alone, _ = lesson()
+    alone, _ = lesson(squares=False)
     first, second = images(6), images(2, seed=1)
     each = [float(alone.loss([b]).detach()) for b in (first, second)]
     found = taught.mean([[first], [second]], [None, None])
