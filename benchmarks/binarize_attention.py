@@ -8,6 +8,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import binarize
 import torch
@@ -38,7 +39,7 @@ def _rows(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     captured, evaluation, labels = binarize._loaded("vit", folder, options)
     for method in ("", *options.methods.split(",")):
         for taken in dict.fromkeys((0, options.steps)):
-            data = binarize._calibration("vit", 5000 if taken else 256, captured, folder)
+            data: Any = binarize._calibration("vit", 5000 if taken else 256, captured, folder)
             (folder / "recipe.toml").write_text(_recipe(method, taken), encoding="utf-8")
             decision = decide(captured.graph, load(binarize.DEVICE), binarize.TARGET, str(folder / "recipe.toml"))
             made = Builder(captured, data).build(decision)
