@@ -1,13 +1,14 @@
-"""Attention on bits in the zoo's ViT: `python benchmarks/binarize_attention.py --minutes 3`.
+"""Attention on bits in the zoo's ViT: `python benchmarks/binarize_attention.py --steps 150`.
 
 Every row is the model with static int8 for ONNX Runtime and one method of the step `binarize_attention`, from
-calibration alone or trained for so long without labels, judged by its simulation on test images no step saw.
+calibration alone or trained for so many steps without labels, judged by its simulation on test images no step saw.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import binarize
 import torch
@@ -25,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="softmax_aware,residual,hashed", help="(%(default)s)")
     parser.add_argument("--judged", type=int, default=500, help="test images (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="train each for so long besides (%(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="train each for so many steps besides (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(HEAD, flush=True)
@@ -37,25 +38,25 @@ def main() -> None:
 def _rows(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     captured, evaluation, labels = binarize._loaded("vit", folder, options)
     for method in ("", *options.methods.split(",")):
-        for minutes in dict.fromkeys((0.0, options.minutes)):
-            data = binarize._calibration("vit", 5000 if minutes else 256, captured, folder)
-            (folder / "recipe.toml").write_text(_recipe(method, minutes), encoding="utf-8")
+        for taken in dict.fromkeys((0, options.steps)):
+            data: Any = binarize._calibration("vit", 5000 if taken else 256, captured, folder)
+            (folder / "recipe.toml").write_text(_recipe(method, taken), encoding="utf-8")
             decision = decide(captured.graph, load(binarize.DEVICE), binarize.TARGET, str(folder / "recipe.toml"))
             made = Builder(captured, data).build(decision)
             decibel, _, top1 = binarize._quality(captured, made.graph, evaluation, labels)
             lost = [e.reason.partition(" ")[0] for e in made.ledger if "on bits" in e.action]
-            steps = [e.reason.partition(" after ")[2].split()[0] for e in made.ledger if e.step == "finetune"]
-            trained = f"{minutes:g} minutes, {steps[0]} steps" if steps else "none"
+            left = any(e.step == "finetune" and "left" in e.action for e in made.ledger)
+            trained = f"{taken} steps" + ", rolled back" * left if taken else "none"
             yield f"| {method or 'int8'} | {trained} | {decibel:.1f} | {top1:.1f} | {', '.join(lost) or '-'} |"
 
 
-def _recipe(method: str, minutes: float) -> str:
-    steps = STEPS + ["binarize_attention"] * bool(method) + ["finetune"] * bool(minutes)
+def _recipe(method: str, taken: int) -> str:
+    steps = STEPS + ["binarize_attention"] * bool(method) + ["finetune"] * bool(taken)
     text = f'summary = "x"\nsteps = {steps}\n'.replace("'", '"')
     if method:
         text += f'[parameters.binarize_attention]\nmethod = "{method}"\n'
-    if minutes:
-        text += f"[parameters.finetune]\nsamples = 5000\niterations = 100000\ntime_limit_s = {minutes * 60:.1f}\n"
+    if taken:
+        text += f"[parameters.finetune]\nsamples = 5000\niterations = {taken}\ntime_limit_s = 36000.0\n"
     return text
 
 
