@@ -19,3 +19,11 @@ def find(package: str, path: Iterable[str], name: str, attribute: str, noun: str
     if name not in known:
         raise CalibrationError(f"there is no {noun} '{name}'; there are {', '.join(known)}")
     return getattr(importlib.import_module(f"{package}.{name}"), attribute)
+
+
+def refuse_unknown(who: str, known: Iterable[str], given: Iterable[str]) -> None:
+    """Raise CalibrationError for the first option `given` that `who` does not know, with those it does."""
+    names = list(known)
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise CalibrationError(f"{who} has no option '{unknown[0]}'; it has {', '.join(names) or 'none'}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .graph import run
-from .steps import Context
+from .steps import Context, first
 
 # Every fourth part of the samples is held out: trained on the rest, judged on these.
 HELD_PART = 4
@@ -37,13 +37,7 @@ class Samples:
         """Up to `limit` samples, fewer where the graph's tensors are large; None when none can be held out."""
         limit = min(limit, _affordable(graph))
         rowwise = _varies(graph)
-        batches: list[list[Tensor]] = []
-        count = 0
-        for batch in context.batches():
-            batches.append(batch)
-            count += len(batch[0]) if batch[0].dim() else 1
-            if count >= limit:
-                break
+        batches = first(context, limit)
         if not rowwise:
             held = max(1, len(batches) // part)
             classes = _split(context.labels, batches)

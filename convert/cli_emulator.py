@@ -42,7 +42,8 @@ def build(
         print_json(built)
         return
     for name, folder in built.items():
-        use = name.removesuffix("/login")
+        board_name, *more = name.split("/")
+        use = f"{board_name}/tflite-runtime" if "tflite-runtime" in more else board_name
         say(f"{name} is ready in {folder}. Use it: --on emulated:{use}")
 
 

@@ -1,6 +1,6 @@
 """Weights of one to two bits: layers that have codes of 8 bits get two to four levels per output channel instead."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +20,9 @@ from calibrate.hessian import gram, ridge
 from calibrate.layer_problem import LayerProblem, own_bias, problem, refusal
 from calibrate.lockstep import Visit, walk
 from calibrate.plan import Entry, Plan
+from calibrate.registry import refuse_unknown
 from calibrate.rounding import COMPUTED, codes_out_of_range
-from calibrate.steps import Context
+from calibrate.steps import Context, first
 from calibrate.weights import quantize_weight
 
 NAME = "binarize"
@@ -82,7 +83,7 @@ class Binarize:
         weighted = [layer_name(n) for n in context.float_graph.graph.nodes if is_weighted(n)]
         reference = context.float_graph if wish["source"] == "float" else decoded(graph)
         work = _Work(graph, reference, context, wish, names, {weighted[0], weighted[-1]}, ledger)
-        walk(reference, graph, some(context.batches(), int(wish["samples"])), work.visit)
+        walk(reference, graph, first(context, int(wish["samples"])), work.visit)
         graph.recompile()
         return work.ledger
 
@@ -115,26 +116,13 @@ def _float_weight(graph: GraphModule, node: Node) -> Tensor:
     return constant(graph, source)
 
 
-def some(batches: Iterable[list[Tensor]], limit: int) -> Iterable[list[Tensor]]:
-    """Batches until `limit` samples have come."""
-    count = 0
-    for batch in batches:
-        yield batch
-        count += len(batch[0]) if batch[0].dim() else 1
-        if count >= limit:
-            return
-
-
 def _check(wish: Mapping[str, Any], names: list[str]) -> None:
     found = binarizers.find(wish["method"])
     if wish["target"] not in TARGETS:
         raise CalibrationError(f"{NAME} has no target {wish['target']!r}: use {' or '.join(TARGETS)}")
     if wish["source"] not in SOURCES:
         raise CalibrationError(f"{NAME} has no source {wish['source']!r}: use {' or '.join(SOURCES)}")
-    unknown = [key for key in wish["options"] if key not in found.defaults]
-    if unknown:
-        there = ", ".join(found.defaults) or "none"
-        raise CalibrationError(f"the binarizer {wish['method']} has no option '{unknown[0]}'; it has {there}")
+    refuse_unknown(f"the binarizer {wish['method']}", found.defaults, wish["options"])
     if not 0 <= float(wish["gate"]) <= 1:
         raise CalibrationError(f"{NAME} takes a gate from 0 (none) to 1, not {wish['gate']}")
     absent = [name for name in wish["wide"] if name not in names]

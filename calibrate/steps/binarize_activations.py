@@ -17,6 +17,7 @@ from calibrate.layer_problem import own_bias
 from calibrate.lockstep import Run, refresh
 from calibrate.plan import Entry, Plan
 from calibrate.ranges import representable
+from calibrate.registry import refuse_unknown
 from calibrate.signs import Signs
 from calibrate.steps import Context, first
 
@@ -75,10 +76,7 @@ class BinarizeActivations:
 
 def _check(wish: Mapping[str, Any], names: list[str]) -> None:
     known = methods.find(wish["method"]).defaults
-    unknown = [key for key in wish["options"] if key not in known]
-    if unknown:
-        there = ", ".join(known) or "none"
-        raise CalibrationError(f"{NAME}: the method {wish['method']} has no option '{unknown[0]}'; it has {there}")
+    refuse_unknown(f"{NAME}: the method {wish['method']}", known, wish["options"])
     absent = [name for name in wish["wide"] if name not in names]
     if absent:
         raise CalibrationError(f"{NAME}: no layer '{absent[0]}' has coded weights; there are {', '.join(names)}")

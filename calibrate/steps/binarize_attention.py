@@ -13,6 +13,7 @@ from calibrate.attention_bits import Place, Unfit, values
 from calibrate.errors import CalibrationError
 from calibrate.graph import finish
 from calibrate.plan import Entry
+from calibrate.registry import refuse_unknown
 from calibrate.steps import Context, first
 
 NAME = "binarize_attention"
@@ -58,10 +59,7 @@ class BinarizeAttention:
 
 def _check(wish: Mapping[str, Any], names: list[str]) -> None:
     known = methods.find(wish["method"]).defaults
-    unknown = [key for key in wish["options"] if key not in known]
-    if unknown:
-        there = ", ".join(known) or "none"
-        raise CalibrationError(f"{NAME}: the method {wish['method']} has no option '{unknown[0]}'; it has {there}")
+    refuse_unknown(f"{NAME}: the method {wish['method']}", known, wish["options"])
     if int(wish["samples"]) < 1:
         raise CalibrationError(f"{NAME} needs samples to fit bits to: set samples to 1 or more")
     absent = [name for name in wish["wide"] if name not in names]

@@ -121,6 +121,7 @@ def _train(graph: GraphModule, reference: GraphModule, student: Student, samples
     )
     optimizer = torch.optim.Adam(student.groups(float(wish["lr"])))
     rates = [g["lr"] for g in optimizer.param_groups]
+    trained = [p for g in optimizer.param_groups for p in g["params"]]
     best, least = student.snapshot(), math.inf
     clock = Clock(int(wish["iterations"]), float(wish["time_limit_s"]))
     with torch.enable_grad():
@@ -131,8 +132,8 @@ def _train(graph: GraphModule, reference: GraphModule, student: Student, samples
             teaching = _teaching(clock.done, float(wish["intervention"]), generator)
             loss = lesson.loss([t for t in inputs if t is not None], classes, teaching)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], 1e3)
+            loss.backward(inputs=trained)  # the model's own parameters are shared with other graphs
+            torch.nn.utils.clip_grad_value_(trained, 1e3)
             optimizer.step()
             clock.tick()
             context.progress(NAME, clock.taken, clock.steps)

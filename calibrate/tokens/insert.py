@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import registry
 from ..errors import CalibrationError
 from ..graph import finish, layer_name, operator_name
 from . import methods, restoring, sizes
@@ -154,9 +155,7 @@ def _cut(
 
 def _options(cut: Cut, method: methods.Method) -> dict[str, Any]:
     known = dict(getattr(method, "defaults", {}))
-    unknown = sorted(set(cut.options) - set(known))
-    if unknown:
-        raise CalibrationError(f"the token method {cut.method} has no option '{unknown[0]}'; it has {sorted(known)}")
+    registry.refuse_unknown(f"the token method {cut.method}", known, cut.options)
     return {**known, **cut.options}
 
 

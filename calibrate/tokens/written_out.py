@@ -35,7 +35,7 @@ def class_attention(build: Builder, site: Site) -> Node:
     if site.probabilities is not None:
         return build.call(aten.mean.dim, build.call(aten.select.int, probabilities(site), -2, 0), [1])
     mask = site.mask
-    if mask is not None and int(mask.meta["val"].shape[-2]) > 1:
+    if mask is not None and mask.meta["val"].dim() > 1 and int(mask.meta["val"].shape[-2]) > 1:
         mask = build.call(aten.slice.Tensor, mask, -2, 0, 1)
     query = build.call(aten.slice.Tensor, site.query, -2, 0, 1)
     return build.call(aten.mean.dim, _probabilities(build, site, query, mask), [1, 2])

@@ -85,8 +85,6 @@ def test_one_seed_gives_the_same_bytes_and_another_others() -> None:
 
 def test_no_other_constant_is_touched_and_no_parameter_is_left_a_gradient() -> None:
     graph, reference = cut("pyra"), graph_of(NAME)
-    for one in (graph, reference):
-        one.zero_grad(set_to_none=True)  # parameters are shared with other tests' graphs
     kept = clone(graph)
     recover(graph, reference, context(), Effort(iterations=3, samples=96))
     for node, old in zip(graph.graph.nodes, kept.graph.nodes, strict=True):
